@@ -1,0 +1,545 @@
+//! The stable trees: every frame, ordered by content.
+//!
+//! Frames never change while they exist, so unlike the unstable tree this one can be believed: equal
+//! bytes always lead to the same entry. An entry is a *plain* node, one frame; or, when a frame has
+//! as many sharers as it may have and another is needed, a *chain* of *dups*: frames with the same
+//! bytes. There is one stable tree for each (domain, NUMA node).
+//!
+//! A frame is named like its node. The node of a frame that is still to be made is *tentative*: until
+//! memory has answered, the page that is to become the frame stands in for it in comparisons, and
+//! equal pages of the same batch may plan to join.
+//!
+//! A node does not hold its frame. When the last page has left a frame it is released, and its node,
+//! now *stale*, stays behind until a search passes or a sharer of old is visited, as in the kernel.
+//!
+//! # Invariants (proved by [`crate::check`])
+//! * S1. No two entries of a tree hold equal bytes; entries are in the order of their keys.
+//! * S2. All dups of a chain hold equal bytes. A chain is in a tree, its dups are in the chain only.
+//! * S3. No node lists more than `max_page_sharing` sharers. It may list pages that have since been
+//!   written: the scan takes them out when it next passes.
+//! * S4. `len` is the number of sharers listed (of a chain: of dups), at least 1 but for chains;
+//!   `mapped` is how many of those are not known to have parted.
+//! * S5. A node has a frame exactly if `mapped` is not 0.
+//! * S6. Between two steps no node is tentative, and none is outside of the trees but those that *wait*:
+//!   frames made just before memory failed, whose places could not be found. The next step does that.
+//!
+//! # Cost
+//! A search compares O(log entries) pages in content order; in digest order only those whose hashes
+//! are equal. Pruning a chain visits its dups.
+//!
+//! # Departures from ksmd
+//! Frames do not migrate, so there is no migrate list. No page belongs to a frame without being
+//! recorded as its sharer, so no node goes over the limit.
+
+use crate::rbtree::{self, Links, NIL, Place, Side};
+use crate::rmap::low32;
+use crate::scanner::Scanner;
+use crate::{Attempt, Content, FrameId, PageId, PageSpace, Reason, Tick, TreeOrder};
+use std::cmp::Ordering;
+
+/// What a node is at present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Not in use.
+    Free,
+    /// In use, and in no tree yet.
+    Loose,
+    /// One frame, in a tree.
+    Plain,
+    /// Several frames for the same bytes, in a tree.
+    Chain,
+    /// One frame, in a chain.
+    Dup,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StableNode {
+    /// The hash of its bytes: the key in digest order.
+    pub(crate) hash: u64,
+    /// When a chain was last pruned.
+    pub(crate) prune_time: Tick,
+    /// Left, right and parent in a tree; or next dup, previous dup and chain.
+    links: [u32; 3],
+    /// The first sharer, or the first dup of a chain.
+    pub(crate) head: u32,
+    /// How many sharers are listed, or how many dups.
+    pub(crate) len: u32,
+    /// Sharers that have not parted as far as is known.
+    pub(crate) mapped: u32,
+    /// Pages of the running batch that plan to join.
+    pub(crate) pending: u32,
+    /// The page that is to become the frame, while it is tentative.
+    pub(crate) stand_in: u32,
+    /// Which tree it belongs to.
+    pub(crate) tree: u32,
+    pub(crate) role: Role,
+    red: bool,
+    /// Whether the frame exists.
+    pub(crate) frame: bool,
+    /// The promotion that was to make its frame has failed.
+    pub(crate) failed: bool,
+    /// Where it is in its tree was found by comparing bytes that can have changed since.
+    pub(crate) doubtful: bool,
+}
+
+impl StableNode {
+    const FREE: Self = Self {
+        hash: 0,
+        prune_time: Tick(0),
+        links: [NIL; 3],
+        head: NIL,
+        len: 0,
+        mapped: 0,
+        pending: 0,
+        stand_in: NIL,
+        tree: 0,
+        role: Role::Free,
+        red: false,
+        frame: false,
+        failed: false,
+        doubtful: false,
+    };
+
+    pub(crate) fn is_tentative(&self) -> bool {
+        self.stand_in != NIL
+    }
+
+    /// Its frame has no page left.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.mapped == 0 && !self.is_tentative()
+    }
+
+    /// Sharers that it has, or will have if all goes well.
+    fn sharers(&self) -> u32 {
+        self.len + self.pending
+    }
+
+    pub(crate) fn next_dup(&self) -> u32 {
+        self.links[0]
+    }
+
+    pub(crate) fn prev_dup(&self) -> u32 {
+        self.links[1]
+    }
+
+    pub(crate) fn chain(&self) -> u32 {
+        self.links[2]
+    }
+}
+
+/// Where a new node goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Spot {
+    /// A place of its own.
+    Vacant(Place),
+    /// Beside this entry, which has the same bytes and no room.
+    Beside(u32),
+}
+
+/// The nodes of all trees.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StableNodes {
+    nodes: Vec<StableNode>,
+    vacant: Vec<u32>,
+    /// Chains, emptied ones included.
+    pub(crate) chains: u64,
+    /// Nodes that are in a chain.
+    pub(crate) dups: u64,
+}
+
+impl StableNodes {
+    pub(crate) fn get(&self, node: u32) -> &StableNode {
+        &self.nodes[node as usize]
+    }
+
+    pub(crate) fn get_mut(&mut self, node: u32) -> &mut StableNode {
+        &mut self.nodes[node as usize]
+    }
+
+    /// What to compare with in order to compare with this node.
+    pub(crate) fn content(&self, node: u32) -> Content {
+        let it = self.get(node);
+        if it.frame {
+            Content::Frame(FrameId(node))
+        } else {
+            Content::Page(PageId(it.stand_in))
+        }
+    }
+
+    fn new_node(&mut self, tree: u32, hash: u64, role: Role) -> u32 {
+        let node = self.vacant.pop().unwrap_or_else(|| {
+            self.nodes.push(StableNode::FREE);
+            low32(self.nodes.len() - 1)
+        });
+        *self.get_mut(node) = StableNode {
+            hash,
+            tree,
+            role,
+            ..StableNode::FREE
+        };
+        node
+    }
+
+    /// A node whose frame is still to be made, of `page`.
+    pub(crate) fn new_tentative(&mut self, tree: u32, hash: u64, page: PageId) -> u32 {
+        let node = self.new_node(tree, hash, Role::Loose);
+        let it = self.get_mut(node);
+        it.stand_in = page.0;
+        it.pending = 2; // The page and its partner.
+        node
+    }
+
+    pub(crate) fn free(&mut self, node: u32) {
+        debug_assert!(
+            !self.get(node).frame,
+            "the frame of node {node} has not been released"
+        );
+        *self.get_mut(node) = StableNode::FREE;
+        self.vacant.push(node);
+    }
+
+    /// Hangs a loose node in at a spot that a search has just found.
+    pub(crate) fn link(&mut self, root: &mut u32, spot: Spot, node: u32, now: Tick) {
+        match spot {
+            Spot::Vacant(place) => {
+                self.get_mut(node).role = Role::Plain;
+                rbtree::insert(self, root, place, node);
+            }
+            Spot::Beside(top) => {
+                let chain = if self.get(top).role == Role::Chain {
+                    top
+                } else {
+                    self.make_chain(root, top, now)
+                };
+                self.push_dup(chain, node);
+            }
+        }
+    }
+
+    /// Puts a chain into the place of a plain node, which becomes its first dup.
+    fn make_chain(&mut self, root: &mut u32, plain: u32, now: Tick) -> u32 {
+        let &StableNode { tree, hash, .. } = self.get(plain);
+        let chain = self.new_node(tree, hash, Role::Chain);
+        self.get_mut(chain).prune_time = now;
+        rbtree::replace(self, root, plain, chain);
+        self.chains += 1;
+        self.push_dup(chain, plain);
+        chain
+    }
+
+    fn push_dup(&mut self, chain: u32, node: u32) {
+        let head = self.get(chain).head;
+        let it = self.get_mut(node);
+        it.role = Role::Dup;
+        it.links = [head, NIL, chain];
+        if head != NIL {
+            self.get_mut(head).links[1] = node;
+        }
+        let chain = self.get_mut(chain);
+        chain.head = node;
+        chain.len += 1;
+        self.dups += 1;
+    }
+
+    fn take_dup(&mut self, node: u32) {
+        let [next, prev, chain] = self.get(node).links;
+        if prev == NIL {
+            self.get_mut(chain).head = next;
+        } else {
+            self.get_mut(prev).links[0] = next;
+        }
+        if next != NIL {
+            self.get_mut(next).links[1] = prev;
+        }
+        self.get_mut(chain).len -= 1;
+        self.get_mut(node).role = Role::Loose;
+        self.dups -= 1;
+    }
+
+    /// Takes a node out of its tree or chain. A chain that has lost its last dup stays.
+    pub(crate) fn unlink(&mut self, root: &mut u32, node: u32) {
+        match self.get(node).role {
+            Role::Dup => self.take_dup(node),
+            Role::Plain => {
+                rbtree::remove(self, root, node);
+                self.get_mut(node).role = Role::Loose;
+            }
+            Role::Chain | Role::Loose | Role::Free => {}
+        }
+    }
+
+    /// Takes an empty chain out of its tree.
+    pub(crate) fn remove_chain(&mut self, root: &mut u32, chain: u32) {
+        debug_assert_eq!(self.get(chain).len, 0, "chain {chain} still has dups");
+        rbtree::remove(self, root, chain);
+        self.chains -= 1;
+        self.free(chain);
+    }
+
+    /// Puts the only dup of a chain into the chain's place.
+    pub(crate) fn dissolve(&mut self, root: &mut u32, chain: u32) -> u32 {
+        let only = self.get(chain).head;
+        self.take_dup(only);
+        rbtree::replace(self, root, chain, only);
+        self.get_mut(only).role = Role::Plain;
+        self.chains -= 1;
+        self.free(chain);
+        only
+    }
+
+    /// All nodes in use, by number.
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = (u32, &StableNode)> {
+        (0..)
+            .zip(&self.nodes)
+            .filter(|(_, node)| node.role != Role::Free)
+    }
+
+    /// Loses numbers, for the tests of `check`.
+    #[cfg(test)]
+    pub(crate) fn forget_vacancies(&mut self) {
+        self.nodes.push(StableNode::FREE);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.nodes.capacity() * size_of::<StableNode>() + self.vacant.capacity() * size_of::<u32>()
+    }
+
+    /// Numbers not in use, and how many numbers there are.
+    pub(crate) fn vacancies(&self) -> (usize, usize) {
+        (self.vacant.len(), self.nodes.len())
+    }
+}
+
+/// Plain nodes and chains are the nodes of a tree.
+impl Links for StableNodes {
+    fn child(&self, at: u32, side: Side) -> u32 {
+        self.get(at).links[side as usize]
+    }
+
+    fn set_child(&mut self, at: u32, side: Side, to: u32) {
+        self.get_mut(at).links[side as usize] = to;
+    }
+
+    fn parent(&self, at: u32) -> u32 {
+        self.get(at).links[2]
+    }
+
+    fn set_parent(&mut self, at: u32, to: u32) {
+        self.get_mut(at).links[2] = to;
+    }
+
+    fn is_red(&self, at: u32) -> bool {
+        self.get(at).red
+    }
+
+    fn set_red(&mut self, at: u32, red: bool) {
+        self.get_mut(at).red = red;
+    }
+}
+
+/// How a search in a stable tree ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StableFound {
+    /// A frame with the same bytes and room for a sharer.
+    Room {
+        /// Its entry in the tree.
+        top: u32,
+        /// Its node.
+        node: u32,
+    },
+    /// None; a new one would go here.
+    No {
+        /// Where.
+        spot: Spot,
+        /// Bytes were compared on the way, with pages or frames of the same hash if by digest.
+        tied: bool,
+    },
+    /// Something could not be compared.
+    Lost,
+}
+
+impl Scanner {
+    /// Whether a node may take one more sharer.
+    pub(crate) fn has_room(&self, node: u32) -> bool {
+        let sharers = self.stable.get(node).sharers();
+        sharers > 0 && sharers < self.settings.max_page_sharing
+    }
+
+    /// Has candidates with the bytes of a node examined again, because it has got room.
+    pub(crate) fn room_in(&mut self, node: u32) {
+        let &StableNode { tree, hash, .. } = self.stable.get(node);
+        self.recall(tree, hash);
+    }
+
+    /// Chooses the frame that stands for a tree entry: the entry as it is from now on, and the node.
+    /// `None` if the entry was stale and is gone.
+    fn pick(&mut self, entry: u32, may_prune: bool) -> Option<(u32, u32)> {
+        if self.stable.get(entry).role == Role::Plain {
+            if self.stable.get(entry).is_stale() {
+                self.remove_node(entry);
+                return None;
+            }
+            return Some((entry, entry));
+        }
+
+        let interval = u64::from(self.settings.stable_node_chains_prune_millisecs);
+        let due = self.stable.get(entry).prune_time.0.saturating_add(interval);
+        let prune = may_prune && self.now.0 >= due;
+        if prune {
+            self.stable.get_mut(entry).prune_time = self.now;
+        }
+        let mut best = NIL;
+        let mut at = self.stable.get(entry).head;
+        while at != NIL {
+            let dup = at;
+            at = self.stable.get(dup).next_dup();
+            if self.stable.get(dup).is_stale() {
+                self.remove_node(dup);
+                continue;
+            }
+            let more = |a: u32, b: u32| self.stable.get(a).sharers() > self.stable.get(b).sharers();
+            if best == NIL || (self.has_room(dup) && (!self.has_room(best) || more(dup, best))) {
+                best = dup;
+            }
+            if !prune && self.has_room(best) {
+                break;
+            }
+        }
+
+        let tree = self.stable.get(entry).tree as usize;
+        if best == NIL {
+            self.stable
+                .remove_chain(&mut self.trees[tree].stable, entry);
+            return None;
+        }
+        if self.stable.get(entry).len == 1 {
+            let only = self.stable.dissolve(&mut self.trees[tree].stable, entry);
+            return Some((only, only));
+        }
+        // To the front only if it could take one more after the sharer that is coming now.
+        let sharers = self.stable.get(best).sharers();
+        if self.stable.get(entry).head != best
+            && sharers > 0
+            && sharers + 1 < self.settings.max_page_sharing
+        {
+            self.stable.take_dup(best);
+            self.stable.push_dup(entry, best);
+        }
+        Some((entry, best))
+    }
+
+    /// Looks for a frame with these bytes.
+    pub(crate) fn stable_search<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        tree: u32,
+        (wanted, hash): (Content, u64),
+        may_prune: bool,
+    ) -> Result<StableFound, S::Error> {
+        'from_the_root: loop {
+            let mut place = Place::ROOT;
+            let mut tied = false;
+            let mut at = self.trees[tree as usize].stable;
+            while at != NIL {
+                let Some((top, node)) = self.pick(at, may_prune) else {
+                    continue 'from_the_root;
+                };
+                let key = self.stable.get(node).hash;
+                let content = self.stable.content(node);
+                tied |= hash == key;
+                let side = match self.order(space, tree, (wanted, hash), (content, key))? {
+                    None => return Ok(StableFound::Lost),
+                    Some(Ordering::Equal) if self.has_room(node) => {
+                        return Ok(StableFound::Room { top, node });
+                    }
+                    Some(Ordering::Equal) => {
+                        return Ok(StableFound::No {
+                            spot: Spot::Beside(top),
+                            tied,
+                        });
+                    }
+                    Some(Ordering::Less) => Side::Left,
+                    Some(Ordering::Greater) => Side::Right,
+                };
+                place = Place { parent: top, side };
+                at = self.stable.child(top, side);
+            }
+            return Ok(StableFound::No {
+                spot: Spot::Vacant(place),
+                tied,
+            });
+        }
+    }
+
+    /// Hangs a loose node into its tree by the bytes of its frame, which exists; or has it wait for the
+    /// next step, when memory cannot compare now.
+    pub(crate) fn place<S: PageSpace>(&mut self, space: &mut S, node: u32) -> Result<(), S::Error> {
+        let &StableNode { tree, hash, .. } = self.stable.get(node);
+        let found = self.stable_search(space, tree, (self.stable.content(node), hash), false);
+        let spot = match &found {
+            Ok(StableFound::No { spot, .. }) => *spot,
+            Ok(StableFound::Room { top, .. }) => Spot::Beside(*top),
+            Ok(StableFound::Lost) | Err(_) => {
+                self.waiting.push(node);
+                return found.map(|_| ());
+            }
+        };
+        self.link_node(node, spot);
+        self.recall(tree, hash);
+        Ok(())
+    }
+
+    /// Takes new nodes out of their trees, to be placed when memory works again.
+    pub(crate) fn have_wait(&mut self, nodes: impl IntoIterator<Item = u32>) {
+        for node in nodes {
+            self.unlink_tentative(node);
+            self.waiting.push(node);
+        }
+    }
+
+    /// Finds the places of the nodes that wait.
+    pub(crate) fn place_waiting<S: PageSpace>(&mut self, space: &mut S) -> Result<(), S::Error> {
+        for node in self.waiting.clone() {
+            if self.stable.get(node).is_stale() {
+                self.remove_node(node);
+            }
+        }
+        if self.settings.tree_order == TreeOrder::Digest {
+            let frames: Vec<FrameId> = self.waiting.iter().map(|&node| FrameId(node)).collect();
+            let mut digests = vec![Attempt::Refused(Reason::NotTried); frames.len()];
+            space.digest_frames(&frames, &mut digests)?;
+            for (frame, digest) in frames.iter().zip(digests) {
+                if let Attempt::Done(digest) = digest {
+                    self.stable.get_mut(frame.0).hash = digest.hash;
+                }
+            }
+        }
+        let mut done = Ok(());
+        for node in std::mem::take(&mut self.waiting) {
+            if done.is_ok() {
+                done = self.place(space, node);
+            } else {
+                self.waiting.push(node);
+            }
+        }
+        done
+    }
+
+    /// Hangs a loose node into its tree.
+    pub(crate) fn link_node(&mut self, node: u32, spot: Spot) {
+        let tree = self.stable.get(node).tree as usize;
+        self.stable
+            .link(&mut self.trees[tree].stable, spot, node, self.now);
+    }
+
+    /// Takes a node whose frame came to nothing out again, as if it had never been in.
+    pub(crate) fn unlink_tentative(&mut self, node: u32) {
+        let it = *self.stable.get(node);
+        let root = &mut self.trees[it.tree as usize].stable;
+        self.stable.unlink(root, node);
+        // As it was before this node made it a chain.
+        if it.role == Role::Dup && self.stable.get(it.chain()).len == 1 {
+            self.stable.dissolve(root, it.chain());
+        }
+    }
+}
