@@ -1,0 +1,754 @@
+//! `Engine`: what a program holds. Regions, settings, run modes; every call is a job of the merging
+//! thread, cut into slices so that nobody waits long.
+//!
+//! # Invariants
+//! * [`EngineState`] (the scanner, the space and everything that owns a descriptor) is made, used
+//!   and dropped on the merging thread only.
+//! * A handle that has crossed a fork does nothing but say so; dropping it does nothing at all.
+//! * The last handle un-merges everything before it is gone: no memory is let go merged.
+
+use crate::error::Error;
+use crate::probe::capabilities;
+use crate::settings::{Barrier, EngineSettings};
+use crate::space::{LinuxSpace, SpaceStats};
+use crate::sys::Span;
+use crate::sys::live::Live;
+use crate::{fork, sys, worker};
+use pagemerge_core::{
+    ChangeError, Clock, Event, RegionId, RegionStats, RunMode, Scanner, Stats, StepReport, Tick,
+    TraceSink, UnmergeError, UnregisterError,
+};
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Pages that one slice of work examines at most: some 10 ms in the worst case, so that other jobs
+/// and `stop` get their turn.
+const SLICE_PAGES: u32 = 1024;
+
+/// Events kept until somebody takes them; older ones are dropped and counted.
+const EVENTS_KEPT: usize = 1 << 16;
+
+/// A registered region. Never reused, so a stale handle is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RegionHandle {
+    id: u64,
+    /// Whole pages that are registered.
+    pub pages: u32,
+    /// Address of the first of them.
+    pub addr: usize,
+}
+
+/// The counters of an engine at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineStats {
+    /// The algorithm's: every sysfs counter, and ours.
+    pub core: Stats,
+    /// Live memory's.
+    pub space: SpaceStats,
+    /// Bytes that the engine uses for its own records, in all.
+    pub metadata_bytes: u64,
+    /// What keeps pages still while they are merged.
+    pub barrier: Barrier,
+    /// Whether writes are tracked by the kernel.
+    pub write_tracking: bool,
+    /// `run`: 1 means that the background thread merges.
+    pub run: RunMode,
+    /// The current `pages_to_scan`, which the advisor may have rewritten.
+    pub pages_to_scan: u32,
+    /// CPU time that this engine's scanning has used, in nanoseconds.
+    pub cpu_nanos: u64,
+    /// Why background merging ended by itself, if it did.
+    pub last_error: Option<String>,
+}
+
+/// What a slice of synchronous work tells its caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Slice {
+    examined: u32,
+    pass_done: bool,
+    idle: bool,
+}
+
+#[derive(Default)]
+struct EventLog {
+    events: VecDeque<Event>,
+    dropped: u64,
+}
+
+struct LogSink(Arc<Mutex<EventLog>>);
+
+impl TraceSink for LogSink {
+    fn event(&mut self, event: Event) {
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if log.events.len() == EVENTS_KEPT {
+            log.events.pop_front();
+            log.dropped += 1;
+        }
+        log.events.push_back(event);
+    }
+}
+
+/// An engine as it lives on the merging thread.
+pub(crate) struct EngineState {
+    scanner: Scanner,
+    space: LinuxSpace,
+    settings: EngineSettings,
+    regions: HashMap<u64, (RegionHandle, RegionId)>,
+    /// Unregistered regions whose records the scanner still has (`lagging_records`).
+    lagging: HashMap<(usize, u32, String), RegionId>,
+    domains: HashMap<u64, String>,
+    started: Instant,
+    cpu_nanos: u64,
+    /// When the next background batch (or the rest of this one) is due; `None` while not running
+    /// or while nothing is registered.
+    due: Option<Instant>,
+    /// Pages left of the batch under way.
+    batch_left: u32,
+    /// The next step begins a full scan.
+    between_scans: bool,
+    last_error: Option<String>,
+}
+
+impl EngineState {
+    fn new(settings: EngineSettings) -> Result<Self, Error> {
+        settings.validate()?;
+        let space = LinuxSpace::new(&settings)?;
+        let scanner = Scanner::new(settings.scan.clone())?;
+        Ok(Self {
+            scanner,
+            space,
+            settings,
+            regions: HashMap::new(),
+            lagging: HashMap::new(),
+            domains: HashMap::new(),
+            started: Instant::now(),
+            cpu_nanos: 0,
+            due: None,
+            batch_left: 0,
+            between_scans: true,
+            last_error: None,
+        })
+    }
+
+    fn clock(&self) -> Clock {
+        // Milliseconds since the engine was made fit 64 bits for half a billion years.
+        #[allow(clippy::cast_possible_truncation)]
+        let now = self.started.elapsed().as_millis() as u64;
+        Clock {
+            now: Tick(now),
+            cpu_nanos: self.cpu_nanos,
+        }
+    }
+
+    /// One slice of scanning, its CPU time accounted.
+    fn step(&mut self, budget: u32) -> Result<StepReport, Error> {
+        if self.between_scans {
+            self.space.begin_pass();
+            self.between_scans = false;
+        }
+        let cpu = sys::process::thread_cpu_time();
+        let clock = self.clock();
+        let report = self.scanner.step(&mut self.space, clock, budget);
+        self.cpu_nanos += nanos(sys::process::thread_cpu_time().saturating_sub(cpu));
+        let report = report?;
+        if report.full_scan_done {
+            self.between_scans = true;
+        }
+        self.drop_lagging();
+        Ok(report)
+    }
+
+    /// Lets go of unregistered regions whose records are gone.
+    fn drop_lagging(&mut self) {
+        let (scanner, space) = (&self.scanner, &mut self.space);
+        self.lagging.retain(|_, id| {
+            let lags = scanner.region_stats(*id).is_some();
+            if !lags {
+                space.remove_region(*id);
+            }
+            lags
+        });
+    }
+
+    pub(crate) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// One slice of background work.
+    pub(crate) fn background_slice(&mut self) {
+        if self.scanner.run() != RunMode::Merge {
+            self.due = None;
+            return;
+        }
+        if self.batch_left == 0 {
+            self.batch_left = self.scanner.pages_to_scan();
+        }
+        match self.step(self.batch_left.min(SLICE_PAGES)) {
+            Ok(report) => {
+                self.batch_left = self.batch_left.saturating_sub(report.examined);
+                let now = Instant::now();
+                self.due = if report.idle {
+                    self.batch_left = 0;
+                    None
+                } else if report.full_scan_done || self.batch_left == 0 {
+                    self.batch_left = 0;
+                    Some(now + Duration::from_millis(self.settings.scan.sleep_millisecs.into()))
+                } else {
+                    Some(now)
+                };
+            }
+            Err(error) => {
+                tracing::error!(%error, "background merging ended");
+                self.last_error = Some(error.to_string());
+                self.due = None;
+                // Stopping keeps everything as it is, so it cannot fail.
+                let _ = self.scanner.set_run(&mut self.space, RunMode::Stop);
+            }
+        }
+    }
+
+    fn slice(&mut self, budget: u32) -> Result<Slice, Error> {
+        let report = self.step(budget.min(SLICE_PAGES))?;
+        Ok(Slice {
+            examined: report.examined,
+            pass_done: report.full_scan_done,
+            idle: report.idle,
+        })
+    }
+
+    /// Pages of `span` that are registered with this engine.
+    fn overlap(&self, span: Span) -> usize {
+        self.space.overlap(span)
+    }
+
+    fn region(&self, handle: RegionHandle) -> Result<RegionId, Error> {
+        self.regions
+            .get(&handle.id)
+            .map(|(_, id)| *id)
+            .ok_or(Error::NotRegistered)
+    }
+
+    fn register(&mut self, handle: RegionHandle, live: Live, domain: &str) -> Result<(), Error> {
+        let key = (handle.addr, handle.pages, domain.to_owned());
+        let revived = self
+            .lagging
+            .remove(&key)
+            .filter(|id| self.scanner.revive(*id));
+        let id = if let Some(id) = revived {
+            self.space.reattach(id)?;
+            id
+        } else {
+            let found = LinuxSpace::check_mergeable(live.span())?;
+            let got = self
+                .scanner
+                .register(handle.pages, domain)
+                .map_err(|e| Error::Limit(e.to_string()))?;
+            if let Err(error) = self.space.add_region(got, live, &found) {
+                // It has no records yet, so there is nothing that could fail to be dropped.
+                let _ = self.scanner.forget(&mut self.space, got.region);
+                return Err(error);
+            }
+            got.region
+        };
+        self.regions.insert(handle.id, (handle, id));
+        self.domains.insert(handle.id, domain.to_owned());
+        if self.scanner.run() == RunMode::Merge && self.due.is_none() {
+            self.due = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    fn unregister(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        let id = self.region(handle)?;
+        self.scanner
+            .unregister(&mut self.space, id)
+            .map_err(|e| match e {
+                UnregisterError::Refused { pages, reason } => Error::Unmerge {
+                    pages: pages.into(),
+                    reason,
+                },
+                UnregisterError::Space(e) => e,
+                other => Error::Worker(other.to_string()),
+            })?;
+        let domain = self.drop_handle(handle);
+        if self.settings.scan.lagging_records {
+            self.space.detach_region(id);
+            self.lagging.insert((handle.addr, handle.pages, domain), id);
+        } else {
+            self.space.remove_region(id);
+        }
+        Ok(())
+    }
+
+    fn drop_handle(&mut self, handle: RegionHandle) -> String {
+        self.regions.remove(&handle.id);
+        self.domains.remove(&handle.id).unwrap_or_default()
+    }
+
+    fn forget(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        let id = self.region(handle)?;
+        self.space.blank_region(id)?;
+        self.scanner.forget(&mut self.space, id)?;
+        self.space.remove_region(id);
+        self.drop_handle(handle);
+        Ok(())
+    }
+
+    fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
+        let (first, pages) = self.space.discard(addr, len)?;
+        self.scanner.vacated(&mut self.space, first, pages)
+    }
+
+    fn set_run(&mut self, run: RunMode) -> Result<(), Error> {
+        if run == RunMode::Merge && self.space.barrier() == Barrier::None {
+            return Err(Error::NeedsBarrier {
+                why: LinuxSpace::why_no_barrier(),
+            });
+        }
+        self.scanner
+            .set_run(&mut self.space, run)
+            .map_err(|e| match e {
+                UnmergeError::Refused { pages, reason } => Error::Unmerge {
+                    pages: pages.into(),
+                    reason,
+                },
+                UnmergeError::Space(e) => e,
+                other => Error::Worker(other.to_string()),
+            })?;
+        self.batch_left = 0;
+        match run {
+            RunMode::Merge => {
+                self.last_error = None;
+                self.due.get_or_insert_with(Instant::now);
+            }
+            RunMode::Stop => self.due = None,
+            RunMode::Unmerge => {
+                self.space.settle();
+                self.due = None;
+                self.between_scans = true;
+                self.drop_lagging();
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, new: &EngineSettings) -> Result<(), Error> {
+        new.validate()?;
+        self.space.check_settings(new)?;
+        self.scanner
+            .change_settings(&mut self.space, new.scan.clone())
+            .map_err(|e| match e {
+                ChangeError::Setting(e) => Error::Setting(e),
+                ChangeError::Space(e) => e,
+                // The enum may grow; whatever it is, nothing was changed.
+                other => Error::Worker(other.to_string()),
+            })?;
+        self.space.change_settings(new);
+        if new.scan.sleep_millisecs != self.settings.scan.sleep_millisecs && self.due.is_some() {
+            self.due = Some(Instant::now());
+        }
+        self.settings = EngineSettings {
+            scan: self.scanner.settings().clone(),
+            ..new.clone()
+        };
+        Ok(())
+    }
+
+    fn stats(&mut self) -> Result<EngineStats, Error> {
+        self.scanner.refresh(&mut self.space)?;
+        let core = self.scanner.stats();
+        let space = self.space.stats();
+        Ok(EngineStats {
+            metadata_bytes: core.metadata_bytes + space.metadata_bytes,
+            core,
+            space,
+            barrier: self.space.barrier(),
+            write_tracking: self.space.write_tracking(),
+            run: self.scanner.run(),
+            pages_to_scan: self.scanner.pages_to_scan(),
+            cpu_nanos: self.cpu_nanos,
+            last_error: self.last_error.clone(),
+        })
+    }
+
+    /// Un-merges everything. What cannot be un-merged stays merged, and the engine with it.
+    fn close(&mut self) -> Result<(), Error> {
+        self.due = None;
+        let handles: Vec<RegionHandle> = self.regions.values().map(|(handle, _)| *handle).collect();
+        for handle in handles {
+            self.unregister(handle)?;
+        }
+        Ok(())
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+struct Handle {
+    id: u64,
+    epoch: (u64, u32),
+    events: Arc<Mutex<EventLog>>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.epoch != fork::epoch() {
+            return;
+        }
+        let id = self.id;
+        let closed = worker::call_engine(id, EngineState::close);
+        match closed {
+            Ok(()) => drop(worker::call(move |stage| stage.remove(id))),
+            Err(Error::Closed) => {}
+            Err(error) => {
+                tracing::error!(%error, "an engine was dropped and could not un-merge everything");
+            }
+        }
+    }
+}
+
+/// Merges equal pages of the memory registered with it.
+///
+/// A handle: clones share one engine, and the last one to go un-merges everything.
+#[derive(Clone)]
+pub struct Engine(Arc<Handle>);
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("id", &self.0.id)
+            .finish_non_exhaustive()
+    }
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl Engine {
+    /// Makes an engine.
+    ///
+    /// # Errors
+    /// A setting out of range, a barrier that is not available here, or a limit of this process
+    /// that makes frames impossible.
+    pub fn new(settings: EngineSettings) -> Result<Self, Error> {
+        settings.validate()?;
+        // Probing opens descriptors; the first look happens on the caller's side so that its
+        // reasons are there even when the thread cannot start.
+        let _ = capabilities();
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        worker::call(move |stage| EngineState::new(settings).map(|engine| stage.add(id, engine)))??;
+        Ok(Self(Arc::new(Handle {
+            id,
+            epoch: fork::epoch(),
+            events: Arc::new(Mutex::new(EventLog::default())),
+        })))
+    }
+
+    fn on<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut EngineState) -> Result<R, Error> + Send + 'static,
+    ) -> Result<R, Error> {
+        if self.0.epoch != fork::epoch() {
+            return Err(Error::Forked);
+        }
+        worker::call_engine(self.0.id, work)
+    }
+
+    /// Registers the whole pages inside `addr .. addr + len` for merging (`MADV_MERGEABLE`).
+    ///
+    /// `domain` keeps contents apart: pages of different domains never share a frame.
+    ///
+    /// # Errors
+    /// Memory that holds no whole page, cannot be merged (with the reason), or is registered
+    /// already.
+    ///
+    /// # Safety
+    /// Until [`unregister`](Self::unregister), [`forget`](Self::forget) or
+    /// [`close`](Self::close) has returned, the memory must stay mapped as it is: not unmapped,
+    /// moved, remapped or handed to an owner that does such things. (Reading and writing it, from
+    /// any thread and by any system call, is what it is for.)
+    #[allow(
+        unsafe_code,
+        reason = "the promise about foreign memory is made here, by the caller"
+    )]
+    pub unsafe fn register(
+        &self,
+        addr: usize,
+        len: usize,
+        domain: &str,
+    ) -> Result<RegionHandle, Error> {
+        let page = crate::page_size();
+        let start = addr.checked_next_multiple_of(page).unwrap_or(usize::MAX);
+        let end = addr.saturating_add(len) / page * page;
+        let pages = end.saturating_sub(start) / page;
+        if pages == 0 {
+            return Err(Error::TooSmall {
+                bytes: len,
+                page_size: page,
+            });
+        }
+        let pages = u32::try_from(pages).map_err(|_| {
+            Error::Limit(format!(
+                "a region has at most {} pages, got {pages}",
+                u32::MAX
+            ))
+        })?;
+        let handle = RegionHandle {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            pages,
+            addr: start,
+        };
+        let domain = domain.to_owned();
+        // SAFETY: our caller promises that the memory stays mapped as it is until the region is
+        // dropped; that it is private anonymous memory is checked before anything touches it.
+        let live = unsafe { Live::promised(Span::between(start, end)) };
+        if self.0.epoch != fork::epoch() {
+            return Err(Error::Forked);
+        }
+        let id = self.0.id;
+        worker::call(move |stage| {
+            // Two engines that merged the same pages would take each other's frames for files.
+            match stage
+                .engines()
+                .map(|engine| engine.overlap(live.span()))
+                .sum()
+            {
+                0 => stage
+                    .on(id, |engine| engine.register(handle, live, &domain))
+                    .and_then(|done| done),
+                pages => Err(Error::Overlaps { pages }),
+            }
+        })??;
+        Ok(handle)
+    }
+
+    /// Gives every page of the region its own copy back (`MADV_UNMERGEABLE`) and drops it.
+    ///
+    /// # Errors
+    /// [`Error::Unmerge`] when pages could not be given back: they stay merged and registered.
+    pub fn unregister(&self, region: RegionHandle) -> Result<(), Error> {
+        self.on(move |engine| engine.unregister(region))
+    }
+
+    /// Drops a region whose owner is giving the memory up: its contents are lost, and what was
+    /// merged reads as zero afterwards. Cheaper than `unregister`, and it cannot run out of memory.
+    ///
+    /// # Errors
+    /// A region that is not registered.
+    pub fn forget(&self, region: RegionHandle) -> Result<(), Error> {
+        self.on(move |engine| engine.forget(region))
+    }
+
+    /// The owner's `MADV_DONTNEED`: the whole pages inside the range read as zero afterwards.
+    /// Waits for windows.
+    ///
+    /// # Errors
+    /// Pages that no region of this engine has; nothing is discarded then.
+    pub fn discard(&self, addr: usize, len: usize) -> Result<(), Error> {
+        self.on(move |engine| engine.discard(addr, len))
+    }
+
+    /// One full pass from where the scan is to the end of the pass, or `pages` pages.
+    ///
+    /// `between` is called between slices, on this thread; when it says `false` the work stops.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`], or what makes the engine unusable.
+    pub fn scan(
+        &self,
+        pages: Option<u32>,
+        between: &mut dyn FnMut() -> bool,
+    ) -> Result<EngineStats, Error> {
+        let mut left = pages.unwrap_or(u32::MAX);
+        while left > 0 {
+            let budget = left;
+            let slice = self.on(move |engine| engine.slice(budget))?;
+            if slice.pass_done || slice.idle {
+                break;
+            }
+            if pages.is_some() {
+                left = left.saturating_sub(slice.examined.max(1));
+            }
+            if !between() {
+                return Err(Error::Interrupted);
+            }
+        }
+        self.stats()
+    }
+
+    /// Full passes until the counters stand still, `max_scans` at most.
+    ///
+    /// # Errors
+    /// As [`scan`](Self::scan).
+    pub fn settle(
+        &self,
+        max_scans: u32,
+        between: &mut dyn FnMut() -> bool,
+    ) -> Result<EngineStats, Error> {
+        let mut last = self.stats()?;
+        let mut unchanged = 0;
+        for _ in 0..max_scans {
+            let now = self.scan(None, between)?;
+            unchanged = if at_rest(&last.core, &now.core) {
+                unchanged + 1
+            } else {
+                0
+            };
+            last = now;
+            // One is not enough: a page that was written since the last call is only found to have
+            // been written by the first pass, and merges in the next.
+            if unchanged == 2 {
+                break;
+            }
+        }
+        Ok(last)
+    }
+
+    /// `run = 1`: merges in the background.
+    ///
+    /// # Errors
+    /// [`Error::NeedsBarrier`] where nothing keeps a page still.
+    pub fn start(&self) -> Result<(), Error> {
+        self.set_run(RunMode::Merge)
+    }
+
+    /// `run = 0`: stops merging and keeps what is merged. Returns when the slice under way is done.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.set_run(RunMode::Stop)
+    }
+
+    /// The run mode.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn run(&self) -> Result<RunMode, Error> {
+        self.on(|engine| Ok(engine.scanner.run()))
+    }
+
+    /// Sets the run mode; 2 un-merges everything.
+    ///
+    /// # Errors
+    /// [`Error::NeedsBarrier`], or [`Error::Unmerge`] when pages could not be given back.
+    pub fn set_run(&self, run: RunMode) -> Result<(), Error> {
+        self.on(move |engine| engine.set_run(run))
+    }
+
+    /// The settings in force.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn settings(&self) -> Result<EngineSettings, Error> {
+        self.on(|engine| {
+            let mut settings = engine.settings.clone();
+            settings.scan.pages_to_scan = engine.scanner.pages_to_scan();
+            Ok(settings)
+        })
+    }
+
+    /// Replaces the settings; nothing is changed on error.
+    ///
+    /// # Errors
+    /// The first setting that is out of range or cannot be changed now.
+    pub fn set(&self, settings: EngineSettings) -> Result<(), Error> {
+        self.on(move |engine| engine.set(&settings))
+    }
+
+    /// Changes the settings by `change`, which sees those in force; nothing is changed on error.
+    /// What other threads and the advisor change at the same time is not lost.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set).
+    pub fn update(
+        &self,
+        change: impl FnOnce(&mut EngineSettings) + Send + 'static,
+    ) -> Result<(), Error> {
+        self.on(move |engine| {
+            let mut settings = engine.settings.clone();
+            change(&mut settings);
+            engine.set(&settings)
+        })
+    }
+
+    /// The counters now. Zero pages are checked against the page tables first.
+    ///
+    /// # Errors
+    /// Only a closed, forked or unusable engine.
+    pub fn stats(&self) -> Result<EngineStats, Error> {
+        self.on(EngineState::stats)
+    }
+
+    /// One region's share, under the names of `/proc/PID/ksm_stat`.
+    ///
+    /// # Errors
+    /// A region that is not registered.
+    pub fn region_stats(&self, region: RegionHandle) -> Result<RegionStats, Error> {
+        self.on(move |engine| {
+            let id = engine.region(region)?;
+            engine.scanner.refresh(&mut engine.space)?;
+            engine.scanner.region_stats(id).ok_or(Error::NotRegistered)
+        })
+    }
+
+    /// Records trace events from now on, or stops recording.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn set_events(&self, on: bool) -> Result<(), Error> {
+        let log = Arc::clone(&self.0.events);
+        self.on(move |engine| {
+            engine
+                .scanner
+                .set_trace(on.then(|| Box::new(LogSink(log)) as Box<dyn TraceSink>));
+            Ok(())
+        })
+    }
+
+    /// Takes the events recorded since last time, oldest first, and how many were dropped because
+    /// nobody took them.
+    pub fn take_events(&self) -> (Vec<Event>, u64) {
+        if self.0.epoch != fork::epoch() {
+            // The log may have been locked by a thread that the fork left behind.
+            return (Vec::new(), 0);
+        }
+        let mut log = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let dropped = std::mem::take(&mut log.dropped);
+        (log.events.drain(..).collect(), dropped)
+    }
+
+    /// Un-merges everything and ends the engine; later calls say [`Error::Closed`]. Closing twice
+    /// is fine.
+    ///
+    /// # Errors
+    /// [`Error::Unmerge`] when pages could not be given back; then the engine stays open.
+    pub fn close(&self) -> Result<(), Error> {
+        let id = self.0.id;
+        match self.on(EngineState::close) {
+            Ok(()) => worker::call(move |stage| stage.remove(id)),
+            Err(Error::Closed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether a pass changed nothing that another pass could build on. `pages_unshared` and
+/// `pages_volatile` trade places for ever under smart scan, so only what is merged counts, and
+/// records that are still new.
+fn at_rest(before: &Stats, after: &Stats) -> bool {
+    let state = |s: &Stats| {
+        (
+            s.pages_shared,
+            s.pages_sharing,
+            s.ksm_zero_pages,
+            s.rmap_items,
+            s.pages_unshared + s.pages_volatile,
+            s.pages_merged,
+        )
+    };
+    state(before) == state(after)
+}

@@ -1,0 +1,123 @@
+//! What can go wrong, in words that say what was attempted, on what, why, and what to do.
+//!
+//! A lost race or a page that must be left alone is never an error: it is an outcome, counted by
+//! [`Reason`]. An error leaves everything as it was, unless its text says otherwise.
+
+use crate::settings::Barrier;
+use pagemerge_core::{Reason, SettingError};
+use std::io;
+
+/// Every error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting is out of its range, or cannot be changed at the moment.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+    /// The buffer holds no whole page.
+    #[error(
+        "cannot register {bytes} bytes: no whole page of {page_size} bytes lies inside them; \
+         register a buffer of at least {} bytes", 2 * page_size
+    )]
+    TooSmall {
+        /// Bytes in the buffer.
+        bytes: usize,
+        /// Bytes in a page.
+        page_size: usize,
+    },
+    /// The memory is not of the kind that can be merged.
+    #[error("cannot register {pages} pages: {refused} of them are {reason} memory; {advice}")]
+    NotMergeable {
+        /// Whole pages in the buffer.
+        pages: usize,
+        /// How many of them cannot be merged for this reason.
+        refused: usize,
+        /// Why.
+        reason: Reason,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// The memory is registered already, as a whole or in part.
+    #[error(
+        "cannot register this buffer: {pages} of its pages belong to a registered region \
+         already; unregister that first"
+    )]
+    Overlaps {
+        /// How many pages are registered already.
+        pages: usize,
+    },
+    /// The region is not registered with this engine (any more).
+    #[error("this region is not registered with this engine any more")]
+    NotRegistered,
+    /// A range given to `discard` does not lie in a registered region.
+    #[error("cannot discard {bytes} bytes: they hold pages that no region of this engine has")]
+    NotInRegion {
+        /// Bytes in the range.
+        bytes: usize,
+    },
+    /// The engine has been closed.
+    #[error("this engine has been closed; make a new one")]
+    Closed,
+    /// The engine belongs to the parent process.
+    #[error(
+        "this engine belongs to the parent process: after a fork its memory stays merged and \
+         readable in the child, but only the parent can use the engine; make a new one here"
+    )]
+    Forked,
+    /// The caller asked to stop between two batches. What was merged so far stays merged.
+    #[error("interrupted between two batches; what was merged so far stays merged")]
+    Interrupted,
+    /// The barrier that was asked for cannot be had here.
+    #[error("barrier \"{wanted}\" is not available: {why}")]
+    NoBarrier {
+        /// The barrier.
+        wanted: Barrier,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// The background thread needs a barrier.
+    #[error(
+        "cannot merge in the background without a barrier: nothing would keep a page still while \
+         it is merged ({why}); call merge() or scan() while nobody writes, or make userfaultfd \
+         available"
+    )]
+    NeedsBarrier {
+        /// Why there is none.
+        why: String,
+    },
+    /// Pages could not be given their own copies back. They stay merged and the region stays
+    /// registered.
+    #[error(
+        "cannot un-merge: {pages} pages stay merged ({reason}) and the region stays registered; \
+         free memory or lift the restriction, then try again"
+    )]
+    Unmerge {
+        /// How many pages stay merged.
+        pages: u64,
+        /// Why the last of them was refused.
+        reason: Reason,
+    },
+    /// A limit of this process makes frames impossible.
+    #[error("cannot make frames: {0}")]
+    Limit(String),
+    /// The kernel refused a call that everything depends on.
+    #[error("{attempted}: {source}")]
+    Os {
+        /// What was attempted, on what.
+        attempted: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The merging thread ended unexpectedly: a bug in this library. Merged memory stays readable.
+    #[error("the merging thread has ended unexpectedly ({0}); merged memory stays readable")]
+    Worker(String),
+}
+
+impl Error {
+    pub(crate) fn os(attempted: impl Into<String>, source: io::Error) -> Self {
+        Self::Os {
+            attempted: attempted.into(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! What a fork ends.
+//!
+//! A fork child maps every frame that its parent maps, and nobody tells the parent when it is gone.
+//! So a fork ends a *generation* of frames: the parent never punches or reuses a place in a memfd
+//! that a child may map (see [`crate::frames`]). The child has no merging thread: its copies of the
+//! parent's engines are *detached*, and say so.
+//!
+//! # How a fork is noticed
+//! * `fork()` calls our `pthread_atfork` handlers: *prepare* waits for the open window to close (a
+//!   child would find its pages missing) and keeps the next one shut; *parent* counts the fork.
+//! * Raw `clone` and `_Fork` call nothing. The frame store's canaries notice them before a place is
+//!   punched (finding F8), and engines and the merging thread are known by their process number. A
+//!   raw fork inside a window leaves the child with zeroes in the
+//!   pages of that window: a limit that only short windows make small.
+//!
+//! # Invariants
+//! * The gate is held for each window by the merging thread, and across `fork()` by the forking
+//!   thread. Neither waits for anything else while it holds it.
+//! * In a child nothing of the parent's is dropped, closed or locked: its descriptors have numbers
+//!   of a table that the child does not have.
+
+use crate::error::Error;
+use crate::sys;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Held while a window is open, and across a fork.
+static GATE: Gate = Gate::new();
+/// Forks that this process has made (with handlers).
+static FORKS: AtomicU64 = AtomicU64::new(0);
+/// How many forks lie between the first process and this one: an engine of another epoch is a
+/// parent's.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+
+/// A lock without an owning thread, so that the one that returns from `fork()` in the child may open it.
+/// It holds the number of the process that closed it, or 0. Held for a window (about 100 us) or a
+/// fork.
+#[derive(Debug, Default)]
+pub(crate) struct Gate(AtomicU32);
+
+/// Looks at a closed gate before the waiting thread sleeps between looks.
+const LOOKS: u32 = 64;
+/// So long; a real-time thread that only yielded would keep the holder from running.
+const SLEEP: Duration = Duration::from_micros(50);
+
+impl Gate {
+    pub(crate) const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    /// Waits until the gate is open, and closes it. Allocates nothing and takes no lock.
+    pub(crate) fn close(&self) {
+        let me = std::process::id();
+        let mut looks = 0;
+        loop {
+            let Err(holder) = self
+                .0
+                .compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed)
+            else {
+                return;
+            };
+            // In the child of a raw fork, what its parent held at that moment is held by nobody.
+            if holder != me
+                && self
+                    .0
+                    .compare_exchange(holder, me, Ordering::Acquire, Ordering::Relaxed)
+                    .is_ok()
+            {
+                return;
+            }
+            looks += 1;
+            if looks < LOOKS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(SLEEP);
+            }
+        }
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+}
+
+/// No fork happens while this lives. Dropping it lets waiting forks go on.
+#[derive(Debug)]
+pub(crate) struct NoFork(());
+
+impl NoFork {
+    pub(crate) fn wait() -> Self {
+        GATE.close();
+        Self(())
+    }
+}
+
+impl Drop for NoFork {
+    fn drop(&mut self) {
+        GATE.open();
+    }
+}
+
+extern "C" fn prepare() {
+    GATE.close();
+    crate::worker::hold_start();
+}
+
+extern "C" fn parent() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+    crate::worker::free_start();
+    GATE.open();
+}
+
+extern "C" fn child() {
+    EPOCH.fetch_add(1, Ordering::Relaxed);
+    crate::worker::detach();
+    crate::worker::free_start();
+    GATE.open();
+}
+
+/// Installs the handlers, once for the process and its descendants.
+pub(crate) fn watch_forks() -> Result<(), Error> {
+    static INSTALLED: OnceLock<Result<(), sys::Errno>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| sys::thread::at_fork(prepare, parent, child))
+        .map_err(|e| Error::os("cannot watch for forks (pthread_atfork)", e.into()))
+}
+
+/// Forks so far: a frame generation made at one count ends when the count has moved on.
+pub(crate) fn forks() -> u64 {
+    FORKS.load(Ordering::Relaxed)
+}
+
+/// Which process in the line of forks this is: an engine that says otherwise is a parent's. Raw forks
+/// call no handler, so the process number is part of it.
+pub(crate) fn epoch() -> (u64, u32) {
+    (EPOCH.load(Ordering::Relaxed), std::process::id())
+}

@@ -1,0 +1,65 @@
+//! Threads of our own: the merging thread with its own descriptor table, and its helper.
+
+use super::Errno;
+use super::process::{self, SignalsBlocked, TableStop};
+use super::uffd::{UffdHelper, Userfaultfd, Waker, WakerHelper};
+use std::io;
+use std::thread::{Builder, JoinHandle};
+
+/// Starts a thread that no signal interrupts, and whose descriptor table holds nothing of the
+/// program's. `body` learns whether the table could be made; if not, it must return at once.
+///
+/// # Errors
+/// When no thread can be started.
+pub(crate) fn spawn_isolated(
+    name: &str,
+    body: impl FnOnce(Result<(), TableStop>) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    Builder::new().name(name.into()).spawn(move || {
+        // It cannot fail; if it did, a signal handler of the program would run here now and then.
+        let _signals = SignalsBlocked::new();
+        // SAFETY: this thread has just begun, and `body` owns nothing that borrows a descriptor of
+        // the program's: it is `Send`, and what owns descriptors in this crate is not.
+        let table = unsafe { process::own_descriptor_table() };
+        body(table);
+    })
+}
+
+/// Starts the helper of the calling thread, with which it shares its descriptor table. The helper
+/// must have ended before `uffd` and `waker` are dropped: join it.
+///
+/// # Errors
+/// When no thread can be started.
+pub(crate) fn spawn_helper(
+    name: &str,
+    uffd: &Userfaultfd,
+    waker: &Waker,
+    body: impl FnOnce(&UffdHelper, &WakerHelper) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    // SAFETY: used on the thread spawned below only, which shares our table; `crate::watch` joins
+    // it before it drops the descriptor.
+    let uffd = unsafe { uffd.helper() };
+    // SAFETY: as above.
+    let waker = unsafe { waker.helper() };
+    Builder::new().name(name.into()).spawn(move || {
+        // As above.
+        let _signals = SignalsBlocked::new();
+        body(&uffd, &waker);
+    })
+}
+
+/// Has three functions called around every `fork()` of this process: before it, then in the parent,
+/// then in the child. Raw `clone` calls, `vfork` and `posix_spawn` do not call them.
+///
+/// # Errors
+/// No memory.
+pub(crate) fn at_fork(
+    prepare: extern "C" fn(),
+    parent: extern "C" fn(),
+    child: extern "C" fn(),
+) -> Result<(), Errno> {
+    // SAFETY: the merging thread runs code of this library for as long as the process lives, so
+    // nobody can unload it; the only caller's functions (`crate::fork`) touch nothing but atomic
+    // numbers.
+    unsafe { process::at_fork(prepare, parent, child) }
+}

@@ -1,0 +1,645 @@
+//! The merge window: the short time in which pages are held still, compared and mapped over.
+//!
+//! This is the protocol that survived 2.2 billion racing writes (live-memory findings, section 4).
+//! A caller prepares everything first (frames are written, views are mapped, reasons to refuse are
+//! known), then [`Windows::run`] opens one window over a few *runs* of neighbouring pages:
+//!
+//! 1. **Open.** `UFFDIO_REGISTER(WP | MISSING)` on exactly each run (finding F1: never on more, since
+//!    only `UNREGISTER` takes MISSING away again), then `UFFDIO_MOVE` into staging. From here on
+//!    whoever touches these pages waits, or (a device) has made the move impossible.
+//! 2. **Barrier.** Take the mmap lock for writing once, so that a debugger or `/proc/PID/mem` writer
+//!    that already holds a page finishes (F5).
+//! 3. **Compare** each staged page with its frame (or with zero). Nothing is merged on a digest.
+//! 4. **Close.** Equal pages: map the frame over, or install the zero page. All others: move back, page
+//!    by page if it does not work at once, else copy (F10); then take the exact run out of MISSING.
+//!    Wake whoever waits.
+//!
+//! Where pages cannot be moved (they were written after merging, so they live in a mapping of a
+//! file; or the kernel is older than 6.8) the window is *in place*: the pages stay where they are, under a
+//! synchronous write-protection that [`crate::watch`] has held for the whole quiet time (F2).
+//! Without any barrier the window is in place and holds nothing: the caller promised.
+//!
+//! # Invariants
+//! * W1. Inside a window: no allocation, no lock, no log, no registered memory touched but by these
+//!   calls, no way out but through [`OpenWindow::close`], which also runs while unwinding.
+//! * W2. When `close` returns, every page of every run shows the bytes that it showed before, no run
+//!   is registered for MISSING, and no thread waits for it.
+//! * W3. Staging is registered for write-protection only (a stray reader must not hang), refuses huge
+//!   pages and is not inherited by children.
+//! * W4. Forks wait for the window ([`NoFork`]).
+//!
+//! # Cost
+//! About 3.5 us to register and move a run, 3.5 us for each new mapping, and 0.3 us for each page
+//! compared, on the machine described in the findings.
+
+use crate::fork::NoFork;
+use crate::sys::Span;
+use crate::sys::live::{self, Live};
+use crate::sys::mapping::{Advice, MapStop, Mapping, MmapLock, Protection, Sharing};
+use crate::sys::memfd::Memfd;
+use crate::sys::process;
+use crate::sys::procmap::{Procmap, QueryStop};
+use crate::sys::uffd::{FillStop, Modes, MoveStop, RegisterStop, Userfaultfd};
+use crate::watch::Watches;
+use std::io;
+use std::rc::Rc;
+
+/// Pages of one window at most; staging has room for so many.
+pub(crate) const MAX_PAGES: usize = 512;
+/// Mappings that one window makes at most.
+const MAX_MAPPINGS: usize = 32;
+
+/// How often closing is tried where it should need no memory, but does.
+const CLOSING_TRIES: u32 = 10_000;
+
+/// Estimates that bound how long a window holds its pages, in nanoseconds.
+const RUN_NANOS: u64 = 3_500;
+const MAPPING_NANOS: u64 = 3_500;
+const PAGE_NANOS: u64 = 350;
+
+/// What a page is to become.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    /// A private mapping of `offset` in `memfd`, whose bytes the engine sees in `view` at `at`.
+    Frame {
+        memfd: Rc<Memfd>,
+        offset: u64,
+        view: Rc<Mapping>,
+        at: usize,
+    },
+    /// The zero page.
+    Zero,
+}
+
+impl Target {
+    /// Whether one mapping can cover a page with this target and its neighbour with `next`.
+    fn continues(&self, next: &Self, page: usize) -> bool {
+        match (self, next) {
+            (Self::Zero, Self::Zero) => true,
+            (
+                Self::Frame {
+                    memfd: a,
+                    offset: x,
+                    ..
+                },
+                Self::Frame {
+                    memfd: b,
+                    offset: y,
+                    ..
+                },
+            ) => Rc::ptr_eq(a, b) && x + page as u64 == *y,
+            _ => false,
+        }
+    }
+}
+
+/// A page in a window.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    /// The page.
+    pub(crate) live: Live,
+    /// What it is to become.
+    pub(crate) target: Target,
+    /// Set by the window.
+    pub(crate) verdict: Verdict,
+}
+
+/// How a page left its window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The window did not come to it.
+    Untried,
+    /// It shows its target now.
+    Merged,
+    /// Its bytes are not its target's.
+    Differs,
+    /// Somebody else holds it: pinned, or shared by a fork.
+    Busy,
+    /// Nothing is there.
+    Absent,
+    /// What is mapped there is not what it was: another protection, locked, or gone.
+    WrongMapping,
+    /// The kernel refused, before anything was given up, for lack of memory or mappings.
+    NoMemory,
+    /// The mapping is sealed.
+    Sealed,
+    /// The program uses userfaultfd there itself.
+    Foreign,
+    /// A write ended its quiet time.
+    NotQuiet,
+}
+
+/// How pages are held still.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Hold<'a> {
+    /// Moved out of reach (anonymous memory, kernel 6.8). `tracked`: they are registered for write
+    /// tracking, and are to be again.
+    Moved {
+        uffd: &'a Userfaultfd,
+        tracked: bool,
+    },
+    /// Left in place under a watch's write-protection.
+    Watched(&'a Watches),
+    /// Not at all: the caller promised that nobody writes.
+    Nothing,
+}
+
+/// Where a page of an open window is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// At home, not held.
+    Home,
+    /// In staging, or held in place.
+    Held,
+    /// A frame has been mapped over it.
+    Mapped,
+    /// The zero page has been put there, in the same mapping.
+    Zeroed,
+}
+
+/// A run of neighbouring pages: jobs `first .. first + pages`.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    first: usize,
+    pages: usize,
+    /// Registered for missing pages, and not closed yet.
+    open: bool,
+}
+
+/// What every window needs, made once.
+#[derive(Debug)]
+pub(crate) struct Windows {
+    page: usize,
+    /// Registered for write-protection only. `None` where pages cannot be moved.
+    staging: Option<Mapping>,
+    pub(crate) lock: MmapLock,
+    places: Vec<Place>,
+    runs: Vec<Run>,
+    /// Mappings made by [`Windows::pay_first`].
+    scratch: Vec<Mapping>,
+    maps: Rc<Procmap>,
+    /// Windows opened since the engine was made.
+    pub(crate) opened: u64,
+}
+
+impl Windows {
+    /// `uffd` is `None` where pages cannot be moved.
+    pub(crate) fn new(
+        page: usize,
+        uffd: Option<&Userfaultfd>,
+        maps: Rc<Procmap>,
+    ) -> io::Result<Self> {
+        let staging = match uffd {
+            None => None,
+            Some(uffd) => {
+                let staging = Mapping::anonymous(MAX_PAGES * page, Protection::ReadWrite)?;
+                staging.advise(Advice::NoHugePage)?;
+                staging.advise(Advice::DontFork)?;
+                uffd.register(staging.span(), Modes::WriteProtect)?;
+                Some(staging)
+            }
+        };
+        Ok(Self {
+            page,
+            staging,
+            lock: MmapLock::new()?,
+            places: vec![Place::Home; MAX_PAGES],
+            runs: Vec::with_capacity(MAX_PAGES),
+            scratch: Vec::with_capacity(2 * MAX_PAGES),
+            maps,
+            opened: 0,
+        })
+    }
+
+    fn neighbours(&self, jobs: &[Job], at: usize) -> bool {
+        at > 0 && jobs[at - 1].live.span().start + self.page == jobs[at].live.span().start
+    }
+
+    /// How many of `jobs` (sorted by address) one window may take without holding them longer than
+    /// about `max_pause_micros`. At least one.
+    pub(crate) fn fit(&self, jobs: &[Job], max_pause_micros: u32) -> usize {
+        let limit = u64::from(max_pause_micros) * 1000;
+        let (mut nanos, mut mappings) = (0, 0);
+        for (at, job) in jobs.iter().enumerate().take(MAX_PAGES) {
+            let run = !self.neighbours(jobs, at);
+            let mapping = run || !jobs[at - 1].target.continues(&job.target, self.page);
+            nanos += PAGE_NANOS + if run { RUN_NANOS } else { 0 };
+            nanos += if mapping { MAPPING_NANOS } else { 0 };
+            mappings += usize::from(mapping);
+            if at > 0 && (nanos > limit || mappings > MAX_MAPPINGS) {
+                return at;
+            }
+        }
+        jobs.len().min(MAX_PAGES)
+    }
+
+    /// Mappings that a window over `jobs` may add to the process at worst, while it is open or
+    /// afterwards.
+    pub(crate) fn mappings_needed(&self, jobs: &[Job]) -> u64 {
+        let pieces = (0..jobs.len())
+            .filter(|&at| {
+                !self.neighbours(jobs, at)
+                    || !jobs[at - 1].target.continues(&jobs[at].target, self.page)
+            })
+            .count();
+        2 * pieces as u64
+    }
+
+    /// Makes as many mappings as the next window will need room for. The window gives each back right
+    /// before it maps a frame over, so that near a memory limit it cannot run out of memory after an
+    /// old mapping is gone (finding F11). If they cannot be made, the window must not be opened.
+    pub(crate) fn pay_first(&mut self, jobs: &[Job]) -> bool {
+        let frame = jobs.iter().find_map(|job| match &job.target {
+            Target::Frame { memfd, offset, .. } => Some((memfd, *offset)),
+            Target::Zero => None,
+        });
+        let Some((memfd, offset)) = frame else {
+            return true;
+        };
+        let rw = Protection::ReadWrite;
+        while (self.scratch.len() as u64) < self.mappings_needed(jobs) {
+            let made = Mapping::file(memfd, offset, self.page, rw, Sharing::Private);
+            let Ok(mapping) = made else {
+                self.scratch.clear();
+                return false;
+            };
+            self.scratch.push(mapping);
+        }
+        true
+    }
+
+    /// Opens one window over `jobs`, which are sorted by address, all different, and passed
+    /// [`fit`](Self::fit); closes it, and leaves a verdict on each.
+    pub(crate) fn run(&mut self, hold: Hold<'_>, jobs: &mut [Job]) {
+        assert!(jobs.len() <= MAX_PAGES, "a window of {} pages", jobs.len());
+        self.runs.clear();
+        for at in 0..jobs.len() {
+            jobs[at].verdict = Verdict::Untried;
+            match self.runs.last_mut() {
+                Some(run) if jobs[at - 1].live.span().end() == jobs[at].live.span().start => {
+                    run.pages += 1;
+                }
+                _ => self.runs.push(Run {
+                    first: at,
+                    pages: 1,
+                    open: false,
+                }),
+            }
+        }
+        self.places[..jobs.len()].fill(Place::Home);
+        self.opened += 1;
+        let places = &mut self.places[..jobs.len()];
+        let (page, staging) = (self.page, self.staging.as_ref());
+
+        let _no_fork = NoFork::wait();
+        let mut open = OpenWindow {
+            page,
+            staging,
+            hold,
+            jobs,
+            places,
+            runs: &mut self.runs,
+            scratch: &mut self.scratch,
+            maps: &self.maps,
+        };
+        open.hold_still();
+        // Without the barrier nothing may be believed: everything goes back.
+        if matches!(hold, Hold::Nothing) || self.lock.wait_for_readers().is_ok() {
+            open.compare();
+            open.replace();
+        }
+        // `open` closes here, as it would if anything above panicked.
+        drop(open);
+        self.scratch.clear();
+    }
+}
+
+/// A window that is open. Dropping it closes it (invariant W2).
+struct OpenWindow<'a> {
+    page: usize,
+    staging: Option<&'a Mapping>,
+    hold: Hold<'a>,
+    jobs: &'a mut [Job],
+    places: &'a mut [Place],
+    runs: &'a mut [Run],
+    scratch: &'a mut Vec<Mapping>,
+    maps: &'a Procmap,
+}
+
+impl OpenWindow<'_> {
+    /// Memory of the jobs `first .. first + pages`, which are neighbours.
+    fn live(&self, first: usize, pages: usize) -> Live {
+        // The promise holds for each page, so for a run of them.
+        self.jobs[first]
+            .live
+            .joined(self.jobs[first + pages - 1].live)
+    }
+
+    fn hold_still(&mut self) {
+        match self.hold {
+            Hold::Nothing => self.places.fill(Place::Held),
+            Hold::Watched(watches) => {
+                watches.enter_window();
+                for (job, place) in self.jobs.iter_mut().zip(self.places.iter_mut()) {
+                    if watches.still_quiet(job.live.span().start) {
+                        *place = Place::Held;
+                    } else {
+                        job.verdict = Verdict::NotQuiet;
+                    }
+                }
+            }
+            Hold::Moved { uffd, tracked } => {
+                for at in 0..self.runs.len() {
+                    self.runs[at].open = self.open(uffd, tracked, self.runs[at]);
+                    if self.runs[at].open {
+                        self.move_out(uffd, self.runs[at]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Registers a run for missing pages. If that fails, what was registered of it (it may lie in
+    /// several mappings) is taken back; that needs no room, and where there is nothing to take back
+    /// but no room to look, nothing was registered there.
+    fn open(&mut self, uffd: &Userfaultfd, tracked: bool, run: Run) -> bool {
+        let span = self.live(run.first, run.pages).span();
+        let Err(stop) = uffd.register(span, Modes::Both) else {
+            return true;
+        };
+        let _ = uffd.unregister(span);
+        if tracked {
+            // Where it fails, digests decide.
+            let _ = uffd.register(span, Modes::WriteProtect);
+        }
+        let verdict = match stop {
+            RegisterStop::NoMemory => Verdict::NoMemory,
+            RegisterStop::Foreign => Verdict::Foreign,
+            _ => Verdict::WrongMapping,
+        };
+        for job in &mut self.jobs[run.first..run.first + run.pages] {
+            job.verdict = verdict;
+        }
+        false
+    }
+
+    fn move_out(&mut self, uffd: &Userfaultfd, run: Run) {
+        let staging = self
+            .staging
+            .expect("pages are moved only where there is staging");
+        let end = run.first + run.pages;
+        let (mut at, mut one_by_one, mut tries) = (run.first, false, 0);
+        while at < end {
+            let pages = if one_by_one { 1 } else { end - at };
+            let moved = self.live(at, pages).move_out(uffd, staging, at * self.page);
+            let done = moved.bytes / self.page;
+            self.places[at..at + done].fill(Place::Held);
+            at += done;
+            let Some(stop) = moved.stopped else { continue };
+            match stop {
+                // The kernel looks at the mapping of the whole range first. Perhaps only some of
+                // these pages have become another mapping.
+                MoveStop::WrongMapping if done == 0 && pages > 1 => {
+                    one_by_one = true;
+                    continue;
+                }
+                // A stray reader of staging has got itself a zero page there.
+                MoveStop::Present if tries < 3 => {
+                    let part = staging.span().page_run(at, 1);
+                    // If it fails the next move says so again.
+                    let _ = staging.advise_part(part, Advice::DontNeed);
+                    tries += 1;
+                    continue;
+                }
+                MoveStop::Changing if tries < 3 => {
+                    tries += 1;
+                    continue;
+                }
+                _ => {}
+            }
+            self.jobs[at].verdict = match stop {
+                MoveStop::Missing => Verdict::Absent,
+                MoveStop::WrongMapping | MoveStop::NotSupported => Verdict::WrongMapping,
+                MoveStop::NoMemory => Verdict::NoMemory,
+                _ => Verdict::Busy,
+            };
+            at += 1;
+            tries = 0;
+        }
+    }
+
+    fn compare(&mut self) {
+        let moved = matches!(self.hold, Hold::Moved { .. });
+        for (at, job) in self.jobs.iter_mut().enumerate() {
+            if self.places[at] != Place::Held {
+                continue;
+            }
+            let equal = match (&job.target, self.staging.filter(|_| moved)) {
+                (Target::Frame { view, at: seen, .. }, Some(staging)) => {
+                    live::same((staging, at * self.page), (view, *seen), self.page)
+                }
+                (Target::Zero, Some(staging)) => live::zero((staging, at * self.page), self.page),
+                (Target::Frame { view, at: seen, .. }, None) => job.live.same_as(view, *seen),
+                (Target::Zero, None) => job.live.is_zero(),
+            };
+            job.verdict = if equal {
+                Verdict::Merged
+            } else {
+                Verdict::Differs
+            };
+        }
+    }
+
+    /// Puts frames and zero pages in the place of what was found equal, a run at a time.
+    fn replace(&mut self) {
+        for at in 0..self.runs.len() {
+            let run = self.runs[at];
+            let end = run.first + run.pages;
+            let mut from = run.first;
+            while from < end {
+                if self.jobs[from].verdict != Verdict::Merged {
+                    from += 1;
+                    continue;
+                }
+                let mut to = from + 1;
+                while to < end
+                    && self.jobs[to].verdict == Verdict::Merged
+                    && self.jobs[to - 1]
+                        .target
+                        .continues(&self.jobs[to].target, self.page)
+                {
+                    to += 1;
+                }
+                self.replace_piece(from, to - from);
+                from = to;
+            }
+        }
+    }
+
+    fn replace_piece(&mut self, from: usize, pages: usize) {
+        let live = self.live(from, pages);
+        // Their room is what this mapping takes, and the border that it cuts.
+        self.scratch.truncate(self.scratch.len().saturating_sub(2));
+        let (done, place, verdict) = match &self.jobs[from].target {
+            Target::Frame { memfd, offset, .. } => {
+                match mapped_over(self.maps, live, || live.map_frames(memfd, *offset)) {
+                    Ok(()) => (pages, Place::Mapped, Verdict::Merged),
+                    Err(MapStop::Sealed) => (0, Place::Mapped, Verdict::Sealed),
+                    Err(_) => (0, Place::Mapped, Verdict::NoMemory),
+                }
+            }
+            Target::Zero => match self.hold {
+                Hold::Moved { uffd, .. } => {
+                    let filled = live.fill_zero(uffd);
+                    (filled.bytes / self.page, Place::Zeroed, Verdict::NoMemory)
+                }
+                Hold::Watched(_) | Hold::Nothing => {
+                    match mapped_over(self.maps, live, || live.map_fresh()) {
+                        Ok(()) => {
+                            // Without it the zero page comes at the first touch.
+                            let _ = live.populate_read();
+                            (pages, Place::Mapped, Verdict::Merged)
+                        }
+                        Err(MapStop::Sealed) => (0, Place::Mapped, Verdict::Sealed),
+                        Err(_) => (0, Place::Mapped, Verdict::NoMemory),
+                    }
+                }
+            },
+        };
+        self.places[from..from + done].fill(place);
+        for job in &mut self.jobs[from + done..from + pages] {
+            job.verdict = verdict;
+        }
+    }
+
+    /// The end of `from`'s group: jobs of the run up to `end` whose place satisfies `is`.
+    fn group(&self, from: usize, end: usize, is: impl Fn(Place) -> bool) -> usize {
+        (from..end).find(|&at| !is(self.places[at])).unwrap_or(end)
+    }
+
+    fn close(&mut self) {
+        match self.hold {
+            Hold::Nothing => {}
+            Hold::Watched(watches) => {
+                for (at, job) in self.jobs.iter().enumerate() {
+                    if self.places[at] == Place::Held {
+                        watches.let_go(job.live);
+                    }
+                }
+                for run in self.runs.iter() {
+                    watches.wake(self.live(run.first, run.pages));
+                }
+                watches.leave_window();
+            }
+            Hold::Moved { uffd, tracked } => {
+                let staging = self.staging.expect("as in move_out");
+                for at in 0..self.runs.len() {
+                    if self.runs[at].open {
+                        self.close_moved(uffd, staging, tracked, self.runs[at]);
+                    }
+                }
+                let used = staging.span().page_run(0, self.jobs.len());
+                // What is left there are pages whose frames are mapped now. If they stay, the next
+                // move says so and tries again.
+                let _ = staging.advise_part(used, Advice::DontNeed);
+            }
+        }
+    }
+
+    fn close_moved(&mut self, uffd: &Userfaultfd, staging: &Mapping, tracked: bool, run: Run) {
+        let end = run.first + run.pages;
+        let mut at = run.first;
+        while at < end {
+            let held = self.group(at, end, |place| place == Place::Held);
+            if held > at {
+                self.put_back(uffd, staging, at, held - at);
+            }
+            at = held.max(at + 1);
+        }
+        let mut at = run.first;
+        while at < end {
+            let mapped = self.group(at, end, |place| place == Place::Mapped);
+            let open = self.group(mapped, end, |place| place != Place::Mapped);
+            if open > mapped {
+                stop_waiting(uffd, self.live(mapped, open - mapped).span(), tracked);
+            }
+            at = open;
+        }
+        // Fails only for a range that is not made of whole pages.
+        let _ = uffd.wake(self.live(run.first, run.pages).span());
+    }
+
+    /// Puts pages back from staging: at once, else page by page, else as copies. It does not give
+    /// up while there is anywhere to put them (finding F10): their readers wait rather than lose.
+    fn put_back(&mut self, uffd: &Userfaultfd, staging: &Mapping, first: usize, pages: usize) {
+        let moved = self
+            .live(first, pages)
+            .move_back(uffd, staging, first * self.page);
+        let done = moved.bytes / self.page;
+        self.places[first..first + done].fill(Place::Home);
+        for at in first + done..first + pages {
+            let live = self.live(at, 1);
+            loop {
+                if live.move_back(uffd, staging, at * self.page).is_complete() {
+                    break;
+                }
+                match live.copy_back(uffd, staging, at * self.page).stopped {
+                    // Done. Or the owner has unmapped it, or the process is ending: nobody misses it.
+                    // (Nobody else can fill it, so it is not present.)
+                    None
+                    | Some(
+                        FillStop::Present
+                        | FillStop::Missing
+                        | FillStop::WrongMapping
+                        | FillStop::Exiting,
+                    ) => break,
+                    Some(_) => process::give_way(),
+                }
+            }
+            self.places[at] = Place::Home;
+        }
+    }
+}
+
+impl Drop for OpenWindow<'_> {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Replaces what is mapped at `place` by `act`. Should the kernel run out of memory after it has taken
+/// the old mapping away, the place would be a hole, and nothing but trying again fills it: what is to
+/// lie there is equal to what lay there.
+pub(crate) fn mapped_over(
+    maps: &Procmap,
+    place: Live,
+    mut act: impl FnMut() -> Result<(), MapStop>,
+) -> Result<(), MapStop> {
+    loop {
+        match act() {
+            Err(MapStop::NoMemory) if maps.at(place.span().start) == Err(QueryStop::NotMapped) => {
+                process::give_way();
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again.
+fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) {
+    // Closing exactly what was opened needs no room. If the kernel says otherwise, trying again for a
+    // while is all there is; all pages are back, so what stays registered harms nobody until the
+    // owner discards one of them. Any other answer means that it is done, or not mapped as it was.
+    let mut tries = 0;
+    while let Err(RegisterStop::NoMemory) = uffd.unregister(span) {
+        tries += 1;
+        if tries == CLOSING_TRIES {
+            break;
+        }
+        process::give_way();
+    }
+    if tracked {
+        // If it fails, these pages are judged by their digests from now on.
+        let _ = uffd.register(span, Modes::WriteProtect);
+    }
+}
