@@ -1,0 +1,64 @@
+"""Kernel samepage merging, run by the program itself.
+
+:func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
+by step, with its own settings, counters and domains. :func:`evaluate` says what there is to gain,
+:func:`capabilities` what this machine allows.
+"""
+
+from pagemerge._core import (
+    PAGE_SIZE,
+    Capabilities,
+    Engine,
+    Region,
+    RegionStats,
+    Settings,
+    Stats,
+    __version__,
+    capabilities,
+    kernel_defaults,
+    memory_usage,
+)
+from pagemerge._enums import AdvisorMode, Barrier, Remerge, RunMode, TreeOrder
+from pagemerge._errors import (
+    BusyError,
+    ClosedError,
+    Error,
+    ForkedError,
+    NotMergeableError,
+    UnavailableError,
+    UnmergeError,
+)
+from pagemerge._evaluate import Evaluation, FileEvaluation, evaluate
+from pagemerge._merge import MergeReport, merge, unmerge
+
+__all__ = [
+    "PAGE_SIZE",
+    "AdvisorMode",
+    "Barrier",
+    "BusyError",
+    "Capabilities",
+    "ClosedError",
+    "Engine",
+    "Error",
+    "Evaluation",
+    "FileEvaluation",
+    "ForkedError",
+    "MergeReport",
+    "NotMergeableError",
+    "Region",
+    "RegionStats",
+    "Remerge",
+    "RunMode",
+    "Settings",
+    "Stats",
+    "TreeOrder",
+    "UnavailableError",
+    "UnmergeError",
+    "__version__",
+    "capabilities",
+    "evaluate",
+    "kernel_defaults",
+    "memory_usage",
+    "merge",
+    "unmerge",
+]

@@ -1,0 +1,59 @@
+//! From Rust errors to Python exceptions.
+//!
+//! Wrong arguments are `ValueError` or `TypeError`, refusals of the kernel are `OSError` with
+//! `errno` set, and all that is ours derives from `pagemerge.Error`. The classes themselves are
+//! Python's (`pagemerge._errors`), because several of them have two bases.
+
+use pagemerge_core::SettingError;
+use pagemerge_linux::Error;
+use pyo3::call::PyCallArgs;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+
+// The kernel's numbers, the same on every architecture that Linux has.
+const EBUSY: i32 = 16;
+const EFBIG: i32 = 27;
+const EOPNOTSUPP: i32 = 95;
+
+/// An instance of the class `name` of `pagemerge._errors`, or why there can be none.
+fn ours<'py>(py: Python<'py>, name: &str, arguments: impl PyCallArgs<'py>) -> PyErr {
+    let made = py
+        .import("pagemerge._errors")
+        .and_then(|errors| errors.getattr(name))
+        .and_then(|class| class.call1(arguments));
+    match made {
+        Ok(instance) => PyErr::from_value(instance),
+        Err(error) => error,
+    }
+}
+
+/// The Python exception for an error of the engine.
+pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
+    let message = err.to_string();
+    match err {
+        Error::Setting(SettingError::Busy { .. }) => ours(py, "BusyError", (EBUSY, message)),
+        Error::Setting(_)
+        | Error::TooSmall { .. }
+        | Error::Overlaps { .. }
+        | Error::NotRegistered
+        | Error::NotInRegion { .. } => PyValueError::new_err(message),
+        Error::NotMergeable { reason, .. } => {
+            ours(py, "NotMergeableError", (message, reason.name()))
+        }
+        Error::Closed => ours(py, "ClosedError", (message,)),
+        Error::Forked => ours(py, "ForkedError", (message,)),
+        Error::NoBarrier { .. } | Error::NeedsBarrier { .. } => {
+            ours(py, "UnavailableError", (EOPNOTSUPP, message))
+        }
+        Error::Limit(_) => ours(py, "UnavailableError", (EFBIG, message)),
+        Error::Unmerge { pages, reason } => {
+            ours(py, "UnmergeError", (message, pages, reason.name()))
+        }
+        // Built by hand: the blanket conversion of io::Error would drop `errno`.
+        Error::Os { source, .. } => match source.raw_os_error() {
+            Some(number) => PyOSError::new_err((number, message)),
+            None => PyOSError::new_err(message),
+        },
+        _ => ours(py, "Error", (message,)),
+    }
+}
