@@ -29,6 +29,7 @@ test: $(VENV)/.tested-with ## All tests: the Rust crates, then the Python packag
 	cargo test -p pagemerge-core
 	cargo test --release -p pagemerge-sim
 	cargo test --release -p pagemerge-linux
+	cargo test --release -p pagemerge-linux --features inject --test injected
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -37,6 +38,7 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 	  echo "make lint needs rustfmt and clippy: rustup component add rustfmt clippy" >&2; exit 1; }
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p pagemerge-linux --all-targets --features inject -- -D warnings
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy python/pagemerge

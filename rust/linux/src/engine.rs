@@ -570,7 +570,7 @@ impl Engine {
                 break;
             }
             if pages.is_some() {
-                left = left.saturating_sub(slice.examined.max(1));
+                left = left.saturating_sub(slice.examined);
             }
             if !between() {
                 return Err(Error::Interrupted);
