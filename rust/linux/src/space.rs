@@ -126,6 +126,7 @@ pub(crate) struct LinuxSpace {
     wants_tracking: bool,
     moves: bool,
     has_scan: bool,
+    tells_guards: bool,
     watches: Option<Watches>,
     windows: Windows,
     frames: FrameStore,
@@ -264,6 +265,7 @@ impl LinuxSpace {
             wants_tracking: settings.scan.write_tracking,
             moves,
             has_scan: can.pagemap_scan,
+            tells_guards: can.guard_pages,
             watches: None,
             windows,
             hasher: PageHasher::new(seed),
@@ -703,15 +705,28 @@ impl LinuxSpace {
         }
         let mut broken: Vec<(usize, usize, bool)> = Vec::new();
         let here = Categories::PRESENT.and(Categories::SWAPPED);
+        let told = if self.tells_guards {
+            STATE.and(Categories::GUARD)
+        } else {
+            STATE
+        };
         let query = Query {
             any_of: here,
-            ..Query::look(STATE)
+            ..Query::look(told)
         };
         self.scan(live.span(), &query, |first, pages, seen| {
             let present = seen.has(Categories::PRESENT);
             let file = seen.has(Categories::FILE);
-            let ordinary = if !present {
-                PageState::Absent
+            let ordinary = if seen.has(Categories::GUARD) {
+                PageState::Ineligible(Reason::Guard)
+            } else if !present {
+                // Where writes are tracked, what says SWAPPED is a marker of that, as a rule.
+                let swapped = seen.has(Categories::SWAPPED) && !seen.has(Categories::WP_ALLOWED);
+                if swapped {
+                    PageState::Ineligible(Reason::Swapped)
+                } else {
+                    PageState::Absent
+                }
             } else if seen.has(Categories::ZERO_PAGE) {
                 PageState::ZeroPage
             } else if file {

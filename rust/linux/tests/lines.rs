@@ -198,7 +198,8 @@ fn guard_pages_stay_and_their_neighbours_are_merged() {
     let engine = engine(Remerge::Always);
     register(&engine, &memory);
     os::guard(&memory, 20, 3).expect("looked at before");
-    merge(&engine);
+    let stats = merge(&engine);
+    assert_eq!(skipped(&stats, Reason::Guard), 3, "{:?}", reasons(&stats));
     let merged = merged(&memory);
     assert!(merged[19] && merged[23] && !merged[21], "{merged:?}");
     for page in (0..128).filter(|page| !(20..23).contains(page)) {
