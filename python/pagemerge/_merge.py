@@ -122,22 +122,25 @@ class _Record:
     """Everything that ``merge`` has merged and not yet let go."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.holder: int | None = None
+        # A signal handler may run on the thread that has just taken the lock, before that could say
+        # so. It gets the lock, too, and `busy` tells whether anything has begun.
+        self.lock = threading.RLock()
+        self.busy = False
         self.shared: dict[tuple[tuple[str, str], ...], _Shared] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        me = threading.get_ident()
-        if self.holder == me:
-            raise Error("merge() and unmerge() cannot be called from within one another")
         with self.lock:
-            self.holder = me
+            if self.busy:
+                raise Error("merge() and unmerge() cannot be called from within one another")
             try:
+                self.busy = True
                 yield
             finally:
-                self.tidy()
-                self.holder = None
+                try:
+                    self.tidy()
+                finally:
+                    self.busy = False
         # A callback that came between the last look and the release has left its share to us.
         self.tidy_if_free()
 
@@ -145,12 +148,15 @@ class _Record:
         while any(not shared.spans for shared in list(self.shared.values())):
             if not self.lock.acquire(blocking=False):
                 return
-            # Whoever interrupts this very thread (a signal handler, another callback) must see it.
-            self.holder = threading.get_ident()
             try:
-                self.tidy()
+                if self.busy:
+                    return  # Further down on this thread's stack; that call will tidy up.
+                try:
+                    self.busy = True
+                    self.tidy()
+                finally:
+                    self.busy = False
             finally:
-                self.holder = None
                 self.lock.release()
 
     def tidy(self) -> None:

@@ -252,8 +252,13 @@ impl LinuxSpace {
         };
         let seed = sys::process::random_u64()
             .map_err(|e| Error::os("cannot draw a random seed for digests", e.into()))?;
-        let windows = Windows::new(page, uffd.as_ref().filter(|_| moves), Rc::clone(&maps))
-            .map_err(|e| Error::os("cannot map the staging area for windows", e))?;
+        let windows = Windows::new(
+            page,
+            uffd.as_ref().filter(|_| moves),
+            Rc::clone(&maps),
+            Rc::clone(&pagemap),
+        )
+        .map_err(|e| Error::os("cannot map the staging area for windows", e))?;
         Ok(Self {
             page,
             barrier: chosen,

@@ -27,6 +27,8 @@
 //! * W3. Staging is registered for write-protection only (a stray reader must not hang), refuses huge
 //!   pages and is not inherited by children.
 //! * W4. Forks wait for the window ([`NoFork`]).
+//! * W5. Staging is empty when a window opens, and what the kernel says of a move that did not end well
+//!   is not believed: the page tables are.
 //!
 //! # Cost
 //! About 3.5 us to register and move a run, 3.5 us for each new mapping, and 0.3 us for each page
@@ -37,6 +39,7 @@ use crate::sys::Span;
 use crate::sys::live::{self, Live};
 use crate::sys::mapping::{Advice, MapStop, Mapping, MmapLock, Protection, Sharing};
 use crate::sys::memfd::Memfd;
+use crate::sys::pagemap::{Entry, Pagemap};
 use crate::sys::process;
 use crate::sys::procmap::{Procmap, QueryStop};
 use crate::sys::uffd::{FillStop, Modes, MoveStop, RegisterStop, Userfaultfd};
@@ -49,6 +52,10 @@ pub(crate) const MAX_PAGES: usize = 512;
 /// Mappings that one window makes at most.
 const MAX_MAPPINGS: usize = 32;
 
+/// How often a move is tried again that met something in staging.
+const MOVING_TRIES: u32 = 8;
+/// How often the page tables are asked before not knowing is accepted.
+const READING_TRIES: u32 = 3;
 /// How often closing is tried where it should need no memory, but does.
 const CLOSING_TRIES: u32 = 10_000;
 
@@ -155,6 +162,8 @@ enum Place {
     Mapped,
     /// The zero page has been put there, in the same mapping.
     Zeroed,
+    /// There was no page.
+    Nowhere,
 }
 
 /// A run of neighbouring pages: jobs `first .. first + pages`.
@@ -178,6 +187,11 @@ pub(crate) struct Windows {
     /// Mappings made by [`Windows::pay_first`].
     scratch: Vec<Mapping>,
     maps: Rc<Procmap>,
+    pagemap: Rc<Pagemap>,
+    /// Room for the page table entries of a window's pages, at home and in staging.
+    tables: Vec<Entry>,
+    /// Staging is empty, as far as we know.
+    clean: bool,
     /// Windows opened since the engine was made.
     pub(crate) opened: u64,
 }
@@ -188,6 +202,7 @@ impl Windows {
         page: usize,
         uffd: Option<&Userfaultfd>,
         maps: Rc<Procmap>,
+        pagemap: Rc<Pagemap>,
     ) -> io::Result<Self> {
         let staging = match uffd {
             None => None,
@@ -207,6 +222,9 @@ impl Windows {
             runs: Vec::with_capacity(MAX_PAGES),
             scratch: Vec::with_capacity(2 * MAX_PAGES),
             maps,
+            pagemap,
+            tables: vec![Entry::default(); 2 * MAX_PAGES],
+            clean: true,
             opened: 0,
         })
     }
@@ -287,6 +305,15 @@ impl Windows {
             }
         }
         self.places[..jobs.len()].fill(Place::Home);
+        if !self.clean
+            && let Some(staging) = &self.staging
+        {
+            // Leftovers would be taken for pages that have been moved there.
+            self.clean = staging.advise(Advice::DontNeed).is_ok();
+            if !self.clean {
+                return;
+            }
+        }
         self.opened += 1;
         let places = &mut self.places[..jobs.len()];
         let (page, staging) = (self.page, self.staging.as_ref());
@@ -301,6 +328,9 @@ impl Windows {
             runs: &mut self.runs,
             scratch: &mut self.scratch,
             maps: &self.maps,
+            pagemap: &self.pagemap,
+            tables: &mut self.tables,
+            clean: &mut self.clean,
         };
         open.hold_still();
         // Without the barrier nothing may be believed: everything goes back.
@@ -324,6 +354,9 @@ struct OpenWindow<'a> {
     runs: &'a mut [Run],
     scratch: &'a mut Vec<Mapping>,
     maps: &'a Procmap,
+    pagemap: &'a Pagemap,
+    tables: &'a mut [Entry],
+    clean: &'a mut bool,
 }
 
 impl OpenWindow<'_> {
@@ -389,29 +422,46 @@ impl OpenWindow<'_> {
             .expect("pages are moved only where there is staging");
         let end = run.first + run.pages;
         let (mut at, mut one_by_one, mut tries) = (run.first, false, 0);
+        // Pages before `at` are away, or have been given up with a verdict.
         while at < end {
-            let pages = if one_by_one { 1 } else { end - at };
-            let moved = self.live(at, pages).move_out(uffd, staging, at * self.page);
-            let done = moved.bytes / self.page;
-            self.places[at..at + done].fill(Place::Held);
-            at += done;
-            let Some(stop) = moved.stopped else { continue };
+            if self.places[at] != Place::Home {
+                at += 1;
+                continue;
+            }
+            let there = self.group(at, end, |place| place == Place::Home);
+            let to = if one_by_one { at + 1 } else { there };
+            let moved = self
+                .live(at, to - at)
+                .move_out(uffd, staging, at * self.page);
+            let Some(stop) = moved.stopped else {
+                self.places[at..to].fill(Place::Held);
+                at = to;
+                continue;
+            };
+            let several = to - at > 1;
+            let first = self.believe_the_page_tables(staging, at, to);
+            let Some((left, stray)) = first else { continue };
+            let moved_some = left > at;
+            at = left;
             match stop {
                 // The kernel looks at the mapping of the whole range first. Perhaps only some of
                 // these pages have become another mapping.
-                MoveStop::WrongMapping if done == 0 && pages > 1 => {
+                MoveStop::WrongMapping if several && !moved_some => {
                     one_by_one = true;
                     continue;
                 }
-                // A stray reader of staging has got itself a zero page there.
-                MoveStop::Present if tries < 3 => {
-                    let part = staging.span().page_run(at, 1);
-                    // If it fails the next move says so again.
-                    let _ = staging.advise_part(part, Advice::DontNeed);
+                // A stray reader of staging has got itself a page there: it is nobody's. Or the
+                // kernel stumbled over what it had just moved itself.
+                MoveStop::Present if tries < MOVING_TRIES => {
+                    if stray {
+                        let part = staging.span().page_run(at, 1);
+                        // If it fails the next move says so again.
+                        let _ = staging.advise_part(part, Advice::DontNeed);
+                    }
                     tries += 1;
                     continue;
                 }
-                MoveStop::Changing if tries < 3 => {
+                MoveStop::Changing if tries < MOVING_TRIES => {
                     tries += 1;
                     continue;
                 }
@@ -428,10 +478,60 @@ impl OpenWindow<'_> {
         }
     }
 
+    /// After a move that did not end well: which of the pages `from..to` are in staging all the same?
+    ///
+    /// What the kernel says of it cannot be believed: 6.18 answers EEXIST now and then for pages, up to
+    /// a whole batch, that it has moved. (Taking such a page for a stray one, and discarding it, lost
+    /// one page in some hundred thousand windows under racing writers.) The page tables can: nobody
+    /// fills a place in this run while it is registered for missing pages, so a page whose home is
+    /// empty and whose place in staging is not has been moved.
+    ///
+    /// Returns the first page that is still at home, and whether something lies in its place in
+    /// staging; `None` if none is.
+    fn believe_the_page_tables(
+        &mut self,
+        staging: &Mapping,
+        from: usize,
+        to: usize,
+    ) -> Option<(usize, bool)> {
+        let (home, away) = self.tables.split_at_mut(MAX_PAGES);
+        let (home, away) = (&mut home[..to - from], &mut away[..to - from]);
+        let (home_at, away_at) = (
+            self.jobs[from].live.span().start,
+            staging.span().page_run(from, to - from).start,
+        );
+        let read = |start, into: &mut [Entry]| {
+            let wanted = into.len();
+            (0..READING_TRIES).any(|_| self.pagemap.entries(start, into) == Ok(wanted))
+        };
+        if !read(home_at, home) || !read(away_at, away) {
+            // Not knowing, put all of them back and merge none: what is not in staging is found to be
+            // at home then.
+            self.places[from..to].fill(Place::Held);
+            for job in &mut self.jobs[from..to] {
+                job.verdict = Verdict::Busy;
+            }
+            return None;
+        }
+        let mut first = None;
+        for at in from..to {
+            let (home, away) = (home[at - from], away[at - from]);
+            if is_empty(home) && !is_empty(away) {
+                self.places[at] = Place::Held;
+            } else if is_empty(home) {
+                self.jobs[at].verdict = Verdict::Absent;
+                self.places[at] = Place::Nowhere;
+            } else if first.is_none() {
+                first = Some((at, !is_empty(away)));
+            }
+        }
+        first
+    }
+
     fn compare(&mut self) {
         let moved = matches!(self.hold, Hold::Moved { .. });
         for (at, job) in self.jobs.iter_mut().enumerate() {
-            if self.places[at] != Place::Held {
+            if self.places[at] != Place::Held || job.verdict != Verdict::Untried {
                 continue;
             }
             let equal = match (&job.target, self.staging.filter(|_| moved)) {
@@ -539,9 +639,8 @@ impl OpenWindow<'_> {
                     }
                 }
                 let used = staging.span().page_run(0, self.jobs.len());
-                // What is left there are pages whose frames are mapped now. If they stay, the next
-                // move says so and tries again.
-                let _ = staging.advise_part(used, Advice::DontNeed);
+                // What is left there are pages whose frames are mapped now.
+                *self.clean = staging.advise_part(used, Advice::DontNeed).is_ok();
             }
         }
     }
@@ -575,28 +674,37 @@ impl OpenWindow<'_> {
         let moved = self
             .live(first, pages)
             .move_back(uffd, staging, first * self.page);
-        let done = moved.bytes / self.page;
-        self.places[first..first + done].fill(Place::Home);
-        for at in first + done..first + pages {
-            let live = self.live(at, 1);
-            loop {
-                if live.move_back(uffd, staging, at * self.page).is_complete() {
-                    break;
-                }
-                match live.copy_back(uffd, staging, at * self.page).stopped {
-                    // Done. Or the owner has unmapped it, or the process is ending: nobody misses it.
-                    // (Nobody else can fill it, so it is not present.)
-                    None
-                    | Some(
-                        FillStop::Present
-                        | FillStop::Missing
-                        | FillStop::WrongMapping
-                        | FillStop::Exiting,
-                    ) => break,
-                    Some(_) => process::give_way(),
-                }
-            }
+        if moved.is_complete() {
+            self.places[first..first + pages].fill(Place::Home);
+            return;
+        }
+        // The count is not believed here either.
+        for at in first..first + pages {
+            self.put_one_back(uffd, staging, at);
             self.places[at] = Place::Home;
+        }
+    }
+
+    fn put_one_back(&self, uffd: &Userfaultfd, staging: &Mapping, at: usize) {
+        let (live, away) = (self.live(at, 1), staging.span().page_run(at, 1).start);
+        let mut refused = 0;
+        loop {
+            // A copy of an empty place in staging would be a page of zeroes.
+            if self.pagemap.entry(away).is_ok_and(is_empty)
+                || live.move_back(uffd, staging, at * self.page).is_complete()
+            {
+                return;
+            }
+            match live.copy_back(uffd, staging, at * self.page).stopped {
+                // Done. Or the owner has unmapped it, or the process is ending: nobody misses it.
+                None | Some(FillStop::Missing | FillStop::WrongMapping | FillStop::Exiting) => {
+                    return;
+                }
+                // It is back already, if the page tables say so once more.
+                Some(FillStop::Present) if refused == READING_TRIES => return,
+                Some(FillStop::Present) => refused += 1,
+                Some(_) => process::give_way(),
+            }
         }
     }
 }
@@ -623,6 +731,11 @@ pub(crate) fn mapped_over(
             other => return other,
         }
     }
+}
+
+/// Nothing is there: neither a page nor one in swap.
+fn is_empty(entry: Entry) -> bool {
+    !entry.is_present() && !entry.is_swapped()
 }
 
 /// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again.
