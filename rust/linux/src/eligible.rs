@@ -73,6 +73,12 @@ fn shows_frames(stretch: &Stretch) -> bool {
     stretch.shows_frames && stretch.refusal == Some(Reason::FileBacked)
 }
 
+/// What its owner has changed about registered memory, as of now: see [`Mappings::altered`].
+pub(crate) fn altered(span: Span) -> Vec<(Span, Reason)> {
+    // What cannot be asked counts as unchanged: the kernel refuses the worst of it itself.
+    Mappings::read(span).map_or_else(|_| Vec::new(), |read| read.altered(span))
+}
+
 /// Why the kernel does not let this memory be moved or written, found after it refused.
 pub(crate) fn reason_at(span: Span) -> Reason {
     let found = mappings::survey(span, |_| true).unwrap_or_default();

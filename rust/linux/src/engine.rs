@@ -662,6 +662,8 @@ impl Engine {
     /// Changes the settings by `change`, which sees those in force; nothing is changed on error.
     /// What other threads and the advisor change at the same time is not lost.
     ///
+    /// `change` runs on the merging thread: it must not call an engine, nor drop the last handle of one.
+    ///
     /// # Errors
     /// As [`set`](Self::set).
     pub fn update(

@@ -411,6 +411,17 @@ impl FrameStore {
             }
             drop(runs);
             left |= !kept.is_empty();
+            // Whatever touched a view as a whole (`mlockall` does) has filled its holes with pages.
+            for number in generation
+                .views
+                .iter()
+                .filter(|(_, v)| v.alive == 0)
+                .map(|(n, _)| *n)
+            {
+                let bytes = u64::from(VIEW_SLOTS) * page;
+                // A failure costs memory only.
+                let _ = generation.memfd.punch(u64::from(number) * bytes, bytes);
+            }
             generation.dead = kept;
         }
         for generation in self.generations.values_mut() {

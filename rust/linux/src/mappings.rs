@@ -274,6 +274,34 @@ impl Mappings {
         flags.any(Flags::NO_HUGE_PAGES).then_some(false)
     }
 
+    /// What of `range` its owner has changed since it was registered, so that a new mapping in its
+    /// place would undo that: protection, locks, what children and core dumps get. Frames of ours
+    /// and userfaultfds are no such change; holes are told as `Unmapped`.
+    pub(crate) fn altered(&self, range: Span) -> Vec<(Span, Reason)> {
+        let mut found = Vec::new();
+        let mut at = range.start;
+        for vma in &self.vmas {
+            let Some(part) = vma.span.intersection(range) else {
+                continue;
+            };
+            if part.start > at {
+                found.push((Span::between(at, part.start), Reason::Unmapped));
+            }
+            at = part.end();
+            let mut plain = vma.clone();
+            if plain.name.starts_with(FRAMES) {
+                (plain.inode, plain.name) = (0, String::new());
+            }
+            if let Some(reason) = plain.refusal(true) {
+                found.push((part, reason));
+            }
+        }
+        if at < range.end() {
+            found.push((Span::between(at, range.end()), Reason::Unmapped));
+        }
+        found
+    }
+
     /// As [`survey`], for a range inside the one that was read.
     pub(crate) fn survey(&self, range: Span, mut ours: impl FnMut(Span) -> bool) -> Vec<Stretch> {
         let mut found: Vec<Stretch> = Vec::new();

@@ -58,6 +58,8 @@ use std::time::{Duration, Instant};
 const THREADS_FROM_PAGES: usize = 256;
 /// Memory that must be free, besides what a batch needs, for it to begin without paying first.
 const HEADROOM_BYTES: u64 = 16 << 20;
+/// How old a look at the list of mappings may be: reading it costs 5 us a mapping.
+const SURVEY_FRESH: Duration = Duration::from_secs(1);
 /// With so much left, asking again can wait for [`HEADROOM_FRESH`]: nobody uses it up meanwhile.
 const HEADROOM_PLENTY: u64 = 1 << 30;
 const HEADROOM_FRESH: Duration = Duration::from_millis(50);
@@ -105,6 +107,10 @@ struct Region {
     attached: bool,
     /// The owner's choice about huge pages, for mappings that replace his.
     huge: Option<bool>,
+    /// What the owner has changed about the memory since, which a new mapping would undo, and when
+    /// that was looked at.
+    altered: Vec<(Span, Reason)>,
+    surveyed: Option<Instant>,
 }
 
 impl Region {
@@ -143,6 +149,10 @@ pub(crate) struct LinuxSpace {
     /// `O_DIRECT` on a network file system is in use, as of the beginning of this pass.
     network_io: bool,
     lost_races: u64,
+    /// Quiet pages have had the owner's changes looked at in this pass.
+    surveyed_in_pass: bool,
+    /// When pages were last un-merged: a series of batches needs one look at the mappings.
+    unshared_at: Option<Instant>,
     /// Bytes left before a limit, and when that was asked; `None` where it cannot be asked.
     headroom: Option<(u64, Instant)>,
     scanned: Vec<PageRegion>,
@@ -284,6 +294,8 @@ impl LinuxSpace {
             pinned: None,
             network_io: false,
             lost_races: 0,
+            surveyed_in_pass: false,
+            unshared_at: None,
             headroom: None,
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
         })
@@ -337,6 +349,7 @@ impl LinuxSpace {
         self.settle();
         self.budget.recount();
         self.pinned = None;
+        self.surveyed_in_pass = false;
         self.network_io = eligible::network_direct_io();
         for region in self.regions.values_mut() {
             let span = region.live.span();
@@ -387,6 +400,8 @@ impl LinuxSpace {
             tracked: false,
             attached: true,
             huge: found.huge,
+            altered: Vec::new(),
+            surveyed: Some(Instant::now()),
         };
         for part in &found.frames {
             let first = (part.start - live.span().start) / self.page;
@@ -775,6 +790,31 @@ impl LinuxSpace {
         }
     }
 
+    /// Why a new mapping must not take the place of `span`, whose first page is `page`: its owner has
+    /// changed it since he registered it. What is known may be as old as [`SURVEY_FRESH`]; changes of
+    /// protection and locks the kernel sees itself when pages are moved.
+    fn altered(&mut self, page: PageId, span: Span) -> Option<Reason> {
+        let (_, region) = self.regions.range_mut(..=page.0).next_back()?;
+        let now = Instant::now();
+        if region
+            .surveyed
+            .is_none_or(|at| now.duration_since(at) >= SURVEY_FRESH)
+        {
+            region.altered = eligible::altered(region.live.span());
+            region.surveyed = Some(now);
+        }
+        let found = region.altered.iter().find(|(part, _)| part.overlaps(span));
+        found.map(|(_, reason)| *reason)
+    }
+
+    /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
+    /// this pass, or this un-merging.
+    fn survey_anew(&mut self) {
+        for region in self.regions.values_mut() {
+            region.surveyed = None;
+        }
+    }
+
     /// Takes the written bits of tracked pages and protects them again, each in one moment, so that
     /// a write is seen now or next time. It must have the last word over [`look`](Self::look).
     fn take_written(&mut self, span: Span, into: &mut [PageState]) -> Result<(), Error> {
@@ -909,6 +949,13 @@ impl LinuxSpace {
         }
         self.headroom = None;
         self.look_at_headroom();
+        if self
+            .unshared_at
+            .is_none_or(|at| at.elapsed() > SURVEY_FRESH / 10)
+        {
+            self.survey_anew();
+        }
+        self.unshared_at = Some(Instant::now());
         pages.sort_by_key(|parting| parting.live.span().start);
         let mut rest = pages.as_slice();
         while !rest.is_empty() {
@@ -976,7 +1023,11 @@ impl LinuxSpace {
         let huge = self
             .region_of(run[0].page)
             .and_then(|(region, _)| region.huge);
-        if self.barrier == Barrier::None || !self.budget.has_room(4) || self.watches().is_err() {
+        if self.barrier == Barrier::None
+            || self.altered(run[0].page, live.span()).is_some()
+            || !self.budget.has_room(4)
+            || self.watches().is_err()
+        {
             return;
         }
         let (Some(views), Some(watches)) = (views, &mut self.watches) else {
@@ -1028,12 +1079,23 @@ impl LinuxSpace {
             if quiet > 0 {
                 let part = run.part(at * self.page, quiet * self.page);
                 let offset = u32::try_from(at).expect("a window is small");
-                let done = self.restore_quiet(part, first.plus(offset));
+                if !std::mem::replace(&mut self.surveyed_in_pass, true) {
+                    self.survey_anew();
+                }
+                let altered = self.altered(first.plus(offset), part.span());
+                let done = if altered.is_some() {
+                    if let Some(watches) = &mut self.watches {
+                        watches.end(part);
+                    }
+                    vec![false; quiet]
+                } else {
+                    self.restore_quiet(part, first.plus(offset))
+                };
                 for (state, done) in into[at..].iter_mut().zip(done) {
                     *state = if done {
                         PageState::Resident(Written::Yes)
                     } else {
-                        PageState::Ineligible(Reason::NotQuiet)
+                        PageState::Ineligible(altered.unwrap_or(Reason::NotQuiet))
                     };
                 }
             }
@@ -1199,6 +1261,14 @@ impl LinuxSpace {
 
     /// Takes `items` through windows: what can be moved, then what stays in place.
     fn merge(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) {
+        let mut items = items;
+        items.retain(|item| match self.altered(item.page, item.job.live.span()) {
+            None => true,
+            Some(reason) => {
+                self.finish(item, Some(reason), outcomes);
+                false
+            }
+        });
         let (mut moved, mut in_place): (Vec<Item>, Vec<Item>) = items
             .into_iter()
             .partition(|item| self.moves && !self.is_mapped(item.page));
@@ -1529,24 +1599,17 @@ impl PageSpace for LinuxSpace {
         if look == Look::Scan {
             self.refuse_unwritable(live, into);
         }
-        if look == Look::Scan {
-            for (at, pages, protected) in broken {
-                let run = live.part(at * self.page, pages * self.page);
-                let remerge = self.remerge;
-                let into = &mut into[at..at + pages];
-                self.judge_in_place(run, protected, remerge, into);
-                if self.moves && remerge == Remerge::Quiet {
-                    let first = u32::try_from(at).expect("a window is small");
-                    self.restore_found_quiet(run, window.first.plus(first), into);
-                }
-            }
-            if !self.moves {
-                self.judge_unmovable(live, &mapped, into);
-            }
-        }
         for (page, reason) in excluded {
             if (from..to).contains(&page) && matches!(into[page - from], PageState::Resident(_)) {
                 into[page - from] = PageState::Ineligible(reason);
+            }
+        }
+        if look == Look::Scan {
+            for (at, pages, protected) in broken {
+                self.judge_broken(live, (at, at + pages), protected, window.first, into);
+            }
+            if !self.moves {
+                self.judge_unmovable(live, &mapped, into);
             }
         }
         Ok(())
@@ -1594,20 +1657,27 @@ impl PageSpace for LinuxSpace {
             return Ok(());
         }
         let share = readable.len().div_ceil(threads);
+        let hash = |part: &[(usize, Live)]| -> Vec<(usize, Digest)> {
+            part.iter()
+                .map(|(at, live)| (*at, live.digest(hasher, None)))
+                .collect()
+        };
+        let hash = &hash;
         let done: Vec<Vec<(usize, Digest)>> = std::thread::scope(|scope| {
             let workers: Vec<_> = readable
                 .chunks(share)
                 .map(|part| {
-                    scope.spawn(move || {
-                        part.iter()
-                            .map(|(at, live)| (*at, live.digest(hasher, None)))
-                            .collect()
-                    })
+                    let named = std::thread::Builder::new().name("pagemerge-hash".into());
+                    (part, named.spawn_scoped(scope, move || hash(part)))
                 })
                 .collect();
             workers
                 .into_iter()
-                .map(|w| w.join().expect("hashing does not panic"))
+                .map(|(part, worker)| match worker {
+                    Ok(worker) => worker.join().expect("hashing does not panic"),
+                    // Where no thread can be started, this one does the work.
+                    Err(_) => hash(part),
+                })
                 .collect()
         });
         for (at, digest) in done.into_iter().flatten() {
@@ -1700,6 +1770,33 @@ impl LinuxSpace {
         let live = self.live(page).filter(|live| known.covers(live.span()))?;
         let (view, at) = self.frames.view(self.frames.slot(frame)?).ok()?;
         Some(live.compare_with(&view, at))
+    }
+
+    /// Judges those of the broken pages `from..to` of a window that nothing else speaks against.
+    fn judge_broken(
+        &mut self,
+        live: Live,
+        (from, to): (usize, usize),
+        protected: bool,
+        first: PageId,
+        into: &mut [PageState],
+    ) {
+        let is_resident = |state: &PageState| matches!(state, PageState::Resident(_));
+        let remerge = self.remerge;
+        let mut at = from;
+        while at < to {
+            let pages = into[at..to].iter().take_while(|s| is_resident(s)).count();
+            if pages > 0 {
+                let run = live.part(at * self.page, pages * self.page);
+                let into = &mut into[at..at + pages];
+                self.judge_in_place(run, protected, remerge, into);
+                if self.moves && remerge == Remerge::Quiet {
+                    let offset = u32::try_from(at).expect("a window is small");
+                    self.restore_found_quiet(run, first.plus(offset), into);
+                }
+            }
+            at += pages.max(1);
+        }
     }
 
     /// Without `UFFDIO_MOVE`, every ordinary page goes through a watch, like a broken one.

@@ -868,6 +868,136 @@ fn user_barrier_lets_system_calls_write_to_broken_pages() {
     assert_eq!(memory.load(10, 1), os::word_of(content(10, CONTENTS), 1));
 }
 
+// ------------------------------------------------------------------------------- the owner's own calls
+
+/// A page goes back into anonymous memory by mapping over it, and whatever its owner had done to the
+/// mapping since was undone: read-only pages became writable, locked pages could go to swap.
+fn quiet_page_keeps_the_permissions_that_its_owner_gave_it() {
+    let memory = Memory::new(64);
+    fill(&memory, CONTENTS);
+    let engine = engine(Remerge::Quiet);
+    register(&engine, &memory);
+    merge(&engine);
+    memory.fill(5, 100);
+    memory
+        .protect_pages(5, 1, libc::PROT_READ)
+        .expect("mprotect");
+    let stats = merge(&engine);
+    let vma = os::mappings(memory.at(5), page_size()).remove(0);
+    assert!(vma.permissions.starts_with("r--"), "{vma:?}");
+    assert_eq!(
+        skipped(&stats, Reason::ReadOnly),
+        1,
+        "{:?}",
+        reasons(&stats)
+    );
+    memory.assert_shows(5, 100, "read-only");
+}
+
+fn locked_pages_stay_locked() {
+    let memory = Memory::new(64);
+    fill(&memory, CONTENTS);
+    let engine = engine(Remerge::Quiet);
+    let region = register(&engine, &memory);
+    merge(&engine);
+    // Locking faults them in for writing, so they are written pages that become quiet.
+    memory.lock_pages(5, 4, true).expect("mlock");
+    for when in ["after passes", "after unregister"] {
+        if when == "after passes" {
+            merge(&engine);
+        } else {
+            engine.unregister(region).expect("un-merged");
+        }
+        for vma in os::mappings(memory.at(5), 4 * page_size()) {
+            assert!(vma.has("lo"), "{when}: {vma:?}");
+        }
+        assert_eq!(os::status("VmLck") * 1024, 4 * page_size() as u64, "{when}");
+    }
+    assert_filled(&memory, CONTENTS, "locked");
+}
+
+fn unregistering_keeps_the_permissions_that_the_owner_gave() {
+    let memory = Memory::new(64);
+    fill(&memory, CONTENTS);
+    let engine = engine(Remerge::Quiet);
+    let region = register(&engine, &memory);
+    merge(&engine);
+    memory
+        .protect_pages(20, 4, libc::PROT_READ)
+        .expect("mprotect");
+    // It may refuse, by name, or find another way.
+    match engine.unregister(region) {
+        Ok(()) | Err(Error::Unmerge { .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    for vma in os::mappings(memory.at(20), 4 * page_size()) {
+        assert!(vma.permissions.starts_with("r--"), "{vma:?}");
+    }
+    memory.protect_pages(20, 4, os::RW).expect("mprotect");
+    assert_filled(&memory, CONTENTS, "read-only for a while");
+}
+
+// ------------------------------------------------------------------------------------ moves
+
+/// A page read back as zero: Linux 6.18 answers EEXIST now and then for pages that `UFFDIO_MOVE` has
+/// moved all the same, and such a page was taken for a stray one in staging and thrown away. It took four
+/// writers that toggle a word (so that pages merge and part all the time) and about a minute, as
+/// many short lives of an engine as fit.
+fn moves_that_the_kernel_denies_lose_no_page() {
+    const PAGES: usize = 960;
+    let begun = std::time::Instant::now();
+    let (mut lives, mut merged) = (0, 0);
+    while begun.elapsed() < os::stress_time() * 2 {
+        let memory = Arc::new(Memory::new(PAGES));
+        for page in 0..PAGES {
+            memory.fill(page, 77);
+            memory.store(page, 100, 1);
+        }
+        let engine = engine(Remerge::Quiet);
+        let region = register(&engine, &memory);
+        engine.start().expect("merging in the background");
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers: Vec<_> = (0..4_usize)
+            .map(|id| {
+                let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
+                thread::spawn(move || {
+                    let mut last = vec![1_u64; PAGES / 4];
+                    let mut seed = id as u64 * 7919 + 1;
+                    while !stop.load(Ordering::Relaxed) {
+                        seed = seed
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1_442_695_040_888_963_407);
+                        let at = usize::try_from(seed >> 33).expect("31 bits") % last.len();
+                        let page = at * 4 + id;
+                        assert_eq!(memory.load(page, 100), last[at], "page {page}");
+                        last[at] = if seed >> 60 == 0 { 2 } else { 1 };
+                        memory.store(page, 100, last[at]);
+                        if (seed >> 50).is_multiple_of(64) {
+                            thread::sleep(Duration::from_micros(50));
+                        }
+                    }
+                })
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(400));
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            writer
+                .join()
+                .expect("every word was what its writer wrote last");
+        }
+        merged += engine.stats().expect("stats").core.pages_merged;
+        engine.unregister(region).expect("un-merged");
+        for page in 0..PAGES {
+            memory.store(page, 100, os::word_of(77, 100));
+            memory.assert_shows(page, 77, "beside a word that was toggled");
+        }
+        lives += 1;
+    }
+    println!("figure: {lives} lives, {merged} merges");
+    assert!(merged > 1000, "hardly anything merged: this proved nothing");
+}
+
 fn main() -> ExitCode {
     support::run(vec![
         case!(canary_is_not_misled_by_locked_memory).needs(Need::Root),
@@ -888,5 +1018,9 @@ fn main() -> ExitCode {
         case!(quiet_page_is_anonymous_again),
         case!(writers_that_meet_pages_becoming_quiet_lose_nothing),
         case!(user_barrier_lets_system_calls_write_to_broken_pages),
+        case!(quiet_page_keeps_the_permissions_that_its_owner_gave_it),
+        case!(locked_pages_stay_locked),
+        case!(unregistering_keeps_the_permissions_that_the_owner_gave),
+        case!(moves_that_the_kernel_denies_lose_no_page).seconds(120),
     ])
 }
