@@ -5,15 +5,15 @@
 //! and no device ever sees a difference.
 //!
 //! # The rooms
-//! * [`engine`]: what callers hold. Every call that touches memory becomes a job of
-//! * [`worker`]: the one merging thread of the process, with a descriptor table of its own.
-//! * [`space`]: the algorithm's door to memory: observes pages, and carries out requests in
-//! * [`window`]: the short time in which pages are held still, compared and mapped over.
-//! * [`restore`]: un-merging, back into anonymous memory.
-//! * [`frames`]: where frames lie in their memfds, and when a place may be punched.
-//! * [`watch`]: write-protection of pages that were written after merging, and the helper thread.
-//! * [`fork`]: what a fork ends.
-//! * [`sys`]: every system call, and all `unsafe` but the promise in [`Engine::register`].
+//! * `engine`: what callers hold. Every call that touches memory becomes a job of
+//! * `worker`: the one merging thread of the process, with a descriptor table of its own.
+//! * `space`: the algorithm's door to memory: observes pages, and carries out requests in
+//! * `window`: the short time in which pages are held still, compared and mapped over.
+//! * `restore`: un-merging, back into anonymous memory.
+//! * `frames`: where frames lie in their memfds, and when a place may be punched.
+//! * `watch`: write-protection of pages that were written after merging, and the helper thread.
+//! * `fork`: what a fork ends.
+//! * `sys`: every system call, and all `unsafe` but the promise in [`Engine::register`].
 
 pub mod accounting;
 mod barrier;

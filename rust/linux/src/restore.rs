@@ -14,10 +14,11 @@
 //! an ordinary page again.
 //!
 //! # Invariants
-//! * T1. A page is replaced only if, after its protection and the barrier, the kernel says that it is
-//!   present, and its frame's (then its bytes are the frame's) or still protected (then its bytes are
-//!   those that were copied after the protection began). The protection keeps it so until it is
-//!   replaced.
+//! * T1. A page is replaced only if, in the window, the kernel says that it is present and still
+//!   protected. Nobody sets its write-protect bit again once the helper has lifted it, so nobody has
+//!   written since the protection began; and its bytes are its frame's, if it shows one, or those that
+//!   were copied after the protection began. (That it shows its frame is not enough: a writer whom
+//!   the helper let go on may be about to get his copy, and would write to it after it is gone.)
 //! * T2. The caller has seen that there is memory enough: `mremap` unmaps the place first, and running
 //!   out of memory then would leave a hole (finding F3c). If it happens all the same, it is tried
 //!   again until it works.
@@ -69,10 +70,16 @@ impl Restore<'_> {
         if self.watches.begin(run, Instant::now()).is_err() {
             return;
         }
-        let shown = Categories::PRESENT.and(Categories::FILE);
+        // Still protected, too: the helper may have let a writer go on before the window opened, and
+        // his copy may be under way although the page tables do not show it yet.
+        let (shown, written) = (
+            Categories::PRESENT.and(Categories::FILE),
+            Categories::WRITTEN,
+        );
         let unbroken = Query {
-            all_of: shown,
+            all_of: shown.and(written),
             any_of: Categories::NONE,
+            inverted: written,
             ..Query::look(shown)
         };
         self.put(&mut staged, run, &unbroken, done);

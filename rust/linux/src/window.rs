@@ -134,6 +134,8 @@ pub(crate) enum Verdict {
     Foreign,
     /// A write ended its quiet time.
     NotQuiet,
+    /// The kernel moved it and said that it did not: put back, and not to be merged this time.
+    Denied,
 }
 
 /// How pages are held still.
@@ -190,7 +192,7 @@ pub(crate) struct Windows {
     pagemap: Rc<Pagemap>,
     /// Room for the page table entries of a window's pages, at home and in staging.
     tables: Vec<Entry>,
-    /// Staging is empty, as far as we know.
+    /// Staging is empty, and nothing but its page tables says what it holds.
     clean: bool,
     /// Windows opened since the engine was made.
     pub(crate) opened: u64,
@@ -206,13 +208,7 @@ impl Windows {
     ) -> io::Result<Self> {
         let staging = match uffd {
             None => None,
-            Some(uffd) => {
-                let staging = Mapping::anonymous(MAX_PAGES * page, Protection::ReadWrite)?;
-                staging.advise(Advice::NoHugePage)?;
-                staging.advise(Advice::DontFork)?;
-                uffd.register(staging.span(), Modes::WriteProtect)?;
-                Some(staging)
-            }
+            Some(uffd) => Some(new_staging(page, uffd)?),
         };
         Ok(Self {
             page,
@@ -306,13 +302,19 @@ impl Windows {
         }
         self.places[..jobs.len()].fill(Place::Home);
         if !self.clean
-            && let Some(staging) = &self.staging
+            && let Hold::Moved { uffd, .. } = hold
         {
-            // Leftovers would be taken for pages that have been moved there.
-            self.clean = staging.advise(Advice::DontNeed).is_ok();
-            if !self.clean {
+            // Leftovers would be taken for pages that have been moved there, and an old translation
+            // for a page that is not there any more. The old addresses are never used again.
+            let Ok(fresh) = new_staging(self.page, uffd) else {
                 return;
+            };
+            if let Some(old) = self.staging.replace(fresh) {
+                // What may lie there is nobody's: frames are mapped in its place.
+                let _ = old.advise(Advice::DontNeed);
+                let _ = old.into_span();
             }
+            self.clean = true;
         }
         self.opened += 1;
         let places = &mut self.places[..jobs.len()];
@@ -486,6 +488,11 @@ impl OpenWindow<'_> {
     /// fills a place in this run while it is registered for missing pages, so a page whose home is
     /// empty and whose place in staging is not has been moved.
     ///
+    /// Such a page is put back and nothing else: since the kernel took its own move for one that did
+    /// not happen, nothing says that it has flushed the old translation, and a writer that still has
+    /// it writes to the page wherever it lies. At home that is right; a frame in its place would
+    /// lose the write.
+    ///
     /// Returns the first page that is still at home, and whether something lies in its place in
     /// staging; `None` if none is.
     fn believe_the_page_tables(
@@ -518,6 +525,7 @@ impl OpenWindow<'_> {
             let (home, away) = (home[at - from], away[at - from]);
             if is_empty(home) && !is_empty(away) {
                 self.places[at] = Place::Held;
+                self.jobs[at].verdict = Verdict::Denied;
             } else if is_empty(home) {
                 self.jobs[at].verdict = Verdict::Absent;
                 self.places[at] = Place::Nowhere;
@@ -640,7 +648,7 @@ impl OpenWindow<'_> {
                 }
                 let used = staging.span().page_run(0, self.jobs.len());
                 // What is left there are pages whose frames are mapped now.
-                *self.clean = staging.advise_part(used, Advice::DontNeed).is_ok();
+                *self.clean &= staging.advise_part(used, Advice::DontNeed).is_ok();
             }
         }
     }
@@ -678,7 +686,9 @@ impl OpenWindow<'_> {
             self.places[first..first + pages].fill(Place::Home);
             return;
         }
-        // The count is not believed here either.
+        // The count is not believed here either, and neither are this thread's translations of staging
+        // from now on.
+        *self.clean = false;
         for at in first..first + pages {
             self.put_one_back(uffd, staging, at);
             self.places[at] = Place::Home;
@@ -731,6 +741,15 @@ pub(crate) fn mapped_over(
             other => return other,
         }
     }
+}
+
+/// Staging: registered for write-protection only (invariant W3).
+fn new_staging(page: usize, uffd: &Userfaultfd) -> io::Result<Mapping> {
+    let staging = Mapping::anonymous(MAX_PAGES * page, Protection::ReadWrite)?;
+    staging.advise(Advice::NoHugePage)?;
+    staging.advise(Advice::DontFork)?;
+    uffd.register(staging.span(), Modes::WriteProtect)?;
+    Ok(staging)
 }
 
 /// Nothing is there: neither a page nor one in swap.

@@ -1,0 +1,60 @@
+//! How many mappings may still be made: `vm.max_map_count`, less what is left to the program.
+
+use crate::mappings;
+use crate::probe::capabilities;
+
+/// How many mappings may still be made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Budget {
+    max: u64,
+    reserved: u64,
+    /// Counted, plus what we have added since.
+    pub(super) used: u64,
+    /// A count has found no room; counting again waits for the next pass.
+    exhausted: bool,
+}
+
+impl Budget {
+    pub(super) fn new(reserved: Option<u64>) -> Self {
+        let max = capabilities().max_map_count;
+        let mut budget = Self {
+            max,
+            reserved: 0,
+            used: 0,
+            exhausted: false,
+        };
+        budget.reserve(reserved);
+        budget.recount();
+        budget
+    }
+
+    pub(super) fn reserve(&mut self, reserved: Option<u64>) {
+        self.reserved = reserved
+            .unwrap_or_else(|| (self.max / 10).max(1000))
+            .min(self.max);
+    }
+
+    pub(super) fn allowed(&self) -> u64 {
+        self.max - self.reserved
+    }
+
+    pub(super) fn recount(&mut self) {
+        // What cannot be counted is taken as it was.
+        if let Ok(now) = mappings::count() {
+            self.used = now;
+        }
+        self.exhausted = false;
+    }
+
+    pub(super) fn has_room(&mut self, needed: u64) -> bool {
+        if self.used + needed <= self.allowed() {
+            return true;
+        }
+        if self.exhausted {
+            return false;
+        }
+        self.recount();
+        self.exhausted = self.used + needed > self.allowed();
+        !self.exhausted
+    }
+}

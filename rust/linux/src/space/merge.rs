@@ -1,0 +1,401 @@
+//! Carrying out requests to merge: frames are prepared, then pages go through as many short windows as
+//! it takes.
+
+use super::{HEADROOM_BYTES, LinuxSpace};
+use crate::eligible;
+use crate::error::Error;
+use crate::frames::Slot;
+use crate::settings::{Barrier, Remerge};
+use crate::sys::pagemap::{Categories, Query};
+use crate::sys::uffd::Modes;
+use crate::window::{Hold, Job, Target, Verdict};
+use pagemerge_core::{Attempt, PageId, Reason, Request};
+use std::time::Instant;
+
+/// A request to merge one page, on its way through windows.
+pub(super) struct Item {
+    pub(super) job: Job,
+    pub(super) request: usize,
+    pub(super) page: PageId,
+    /// The fresh slot that it fills, for a promotion.
+    pub(super) fresh: Option<Slot>,
+}
+
+impl LinuxSpace {
+    fn target(&mut self, slot: Slot) -> Result<Target, Reason> {
+        let (view, at) = self.frames.view(slot)?;
+        let (memfd, offset) = self.frames.place_of(slot);
+        Ok(Target::Frame {
+            memfd,
+            offset,
+            view,
+            at,
+        })
+    }
+
+    /// Writes the frames-to-be of all promotions: neighbours get neighbouring slots.
+    pub(super) fn prepare_promotions(
+        &mut self,
+        requests: &[Request],
+        outcomes: &mut [Attempt<()>],
+    ) -> Result<Vec<Item>, Error> {
+        let mut wanted: Vec<(PageId, usize)> = requests
+            .iter()
+            .enumerate()
+            .filter_map(|(at, request)| match request {
+                Request::Promote { page, .. } => Some((*page, at)),
+                _ => None,
+            })
+            .collect();
+        let mut items = Vec::with_capacity(wanted.len());
+        if wanted.is_empty() {
+            return Ok(items);
+        }
+        self.frames.begin_batch()?;
+        wanted.sort_unstable();
+        let mut rest = wanted.as_slice();
+        while let Some(&(first, at)) = rest.first() {
+            let Some((region, index)) = self.region_of(first) else {
+                outcomes[at] = Attempt::Gone;
+                rest = &rest[1..];
+                continue;
+            };
+            let room = region.pages() - index;
+            let run = (1..rest.len().min(room))
+                .find(|&n| rest[n].0.0 != first.0 + u32::try_from(n).unwrap_or(u32::MAX))
+                .unwrap_or_else(|| rest.len().min(room));
+            let live = region.live.part(index * self.page, run * self.page);
+            let (id, pages) = (region.id, region.pages());
+            let count = u32::try_from(run).expect("a batch is small");
+            let index = u32::try_from(index).expect("a region's pages fit 32 bits");
+            let pages = u32::try_from(pages).expect("a region's pages fit 32 bits");
+            let (wrote, stop) = match self.frames.place(id, pages, index, count) {
+                Err(reason) => (Err(reason), Some(reason)),
+                Ok(slot) => {
+                    let (done, stop) = self.frames.write(slot, live);
+                    if done < count {
+                        self.frames.abandon(slot.plus(done), count - done);
+                    }
+                    (Ok((slot, done)), stop)
+                }
+            };
+            let done = wrote.map_or(0, |(_, done)| done);
+            for (n, &(page, at)) in rest[..run].iter().enumerate() {
+                let n = u32::try_from(n).expect("a batch is small");
+                let slot = match wrote {
+                    Ok((slot, done)) if n < done => slot.plus(n),
+                    // Only the page at which it stopped is to blame; the others are asked again in
+                    // the next pass.
+                    _ => {
+                        let why = stop.filter(|_| n == done || wrote.is_err());
+                        outcomes[at] = Attempt::Refused(why.unwrap_or(Reason::NotTried));
+                        continue;
+                    }
+                };
+                match self.target(slot) {
+                    Ok(target) => {
+                        let live = live.part(n as usize * self.page, self.page);
+                        let job = Job {
+                            live,
+                            target,
+                            verdict: Verdict::Untried,
+                        };
+                        items.push(Item {
+                            job,
+                            request: at,
+                            page,
+                            fresh: Some(slot),
+                        });
+                    }
+                    Err(reason) => {
+                        self.frames.abandon(slot, 1);
+                        outcomes[at] = Attempt::Refused(reason);
+                    }
+                }
+            }
+            rest = &rest[run..];
+        }
+        Ok(items)
+    }
+
+    pub(super) fn prepare_joins(
+        &mut self,
+        requests: &[Request],
+        outcomes: &mut [Attempt<()>],
+    ) -> Vec<Item> {
+        let mut items = Vec::new();
+        for (at, request) in requests.iter().enumerate() {
+            let (page, target) = match *request {
+                Request::Zero { page } => (page, Ok(Target::Zero)),
+                Request::Share { page, frame } => {
+                    let Some(slot) = self.frames.slot(frame) else {
+                        outcomes[at] = Attempt::Gone;
+                        continue;
+                    };
+                    (page, self.target(slot))
+                }
+                _ => continue,
+            };
+            match (target, self.live(page)) {
+                (Ok(target), Some(live)) => {
+                    let job = Job {
+                        live,
+                        target,
+                        verdict: Verdict::Untried,
+                    };
+                    items.push(Item {
+                        job,
+                        request: at,
+                        page,
+                        fresh: None,
+                    });
+                }
+                (Err(reason), _) => outcomes[at] = Attempt::Refused(reason),
+                (_, None) => outcomes[at] = Attempt::Gone,
+            }
+        }
+        items
+    }
+
+    fn is_mapped(&self, page: PageId) -> bool {
+        self.region_of(page)
+            .is_some_and(|(region, at)| region.mapped.get(at))
+    }
+
+    pub(super) fn is_tracked(&self, page: PageId) -> bool {
+        self.region_of(page)
+            .is_some_and(|(region, _)| region.tracked)
+    }
+
+    /// Takes `items` through windows: what can be moved, then what stays in place.
+    pub(super) fn merge(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) {
+        let mut items = items;
+        items.retain(|item| match self.altered(item.page, item.job.live.span()) {
+            None => true,
+            Some(reason) => {
+                self.finish(item, Some(reason), outcomes);
+                false
+            }
+        });
+        let (mut moved, mut in_place): (Vec<Item>, Vec<Item>) = items
+            .into_iter()
+            .partition(|item| self.moves && !self.is_mapped(item.page));
+        moved.sort_by_key(|item| item.job.live.span().start);
+        in_place.sort_by_key(|item| item.job.live.span().start);
+        if self.network_io && !(moved.is_empty() && in_place.is_empty()) {
+            for item in moved.drain(..).chain(in_place.drain(..)) {
+                self.finish(&item, Some(Reason::NetworkDirectIo), outcomes);
+            }
+            return;
+        }
+        let moved = if self.tracking {
+            self.drop_written(moved, outcomes)
+        } else {
+            moved
+        };
+        let busy = self.pass_through(moved, true, outcomes);
+        let mut again = Vec::new();
+        for item in busy {
+            match self.cure_busy(&item) {
+                Ok(()) => again.push(item),
+                Err(reason) => self.finish(&item, Some(reason), outcomes),
+            }
+        }
+        // Curing has set their written bits, so that question is not asked again.
+        for item in self.pass_through(again, true, outcomes) {
+            self.finish(&item, Some(Reason::Pinned), outcomes);
+        }
+        let in_place = self.hold_in_place(in_place, outcomes);
+        self.pass_through(in_place, false, outcomes);
+    }
+
+    /// A page that a fork shared once refuses to be moved for ever, until it is written. Without a
+    /// child that still shares it, faulting it in for writing cures that, and copies nothing.
+    fn cure_busy(&self, item: &Item) -> Result<(), Reason> {
+        let span = item.job.live.span();
+        let entry = self.pagemap.entry(span.start).map_err(|_| Reason::Other)?;
+        if !entry.is_exclusive() {
+            return Err(Reason::SharedByFork);
+        }
+        item.job
+            .live
+            .populate_write()
+            .map_err(|_| eligible::reason_at(span))
+    }
+
+    /// Pages that are merged where they are must be under a watch first. Those that may be merged
+    /// without quiet time get one that begins now.
+    fn hold_in_place(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) -> Vec<Item> {
+        if self.barrier == Barrier::None || items.is_empty() {
+            return items;
+        }
+        let now = Instant::now();
+        let always = self.remerge == Remerge::Always;
+        let (mut ready, mut refused) = (Vec::new(), Vec::new());
+        match self.watches() {
+            Err(reason) => refused.extend(items.into_iter().map(|item| (item, reason))),
+            Ok(watches) => {
+                for item in items {
+                    if watches.is_watched(item.job.live.span().start)
+                        || always && watches.begin(item.job.live, now).is_ok()
+                    {
+                        ready.push(item);
+                    } else {
+                        refused.push((item, Reason::NotQuiet));
+                    }
+                }
+            }
+        }
+        for (item, reason) in refused {
+            self.finish(&item, Some(reason), outcomes);
+        }
+        ready
+    }
+
+    /// Windows over `items`, sorted by address. Returns what was busy.
+    fn pass_through(
+        &mut self,
+        mut items: Vec<Item>,
+        moved: bool,
+        outcomes: &mut [Attempt<()>],
+    ) -> Vec<Item> {
+        let mut busy = Vec::new();
+        let mut jobs: Vec<Job> = items.iter().map(|item| item.job.clone()).collect();
+        let mut done = 0;
+        while done < jobs.len() {
+            let fit = self.windows.fit(&jobs[done..], self.max_pause_micros);
+            let (these, now) = (&mut jobs[done..done + fit], &items[done..done + fit]);
+            done += fit;
+            let needed = self.windows.mappings_needed(these);
+            let refused = if !self.budget.has_room(needed) {
+                Some(Reason::MappingBudget)
+            } else if self
+                .headroom
+                .is_some_and(|(bytes, _)| bytes < HEADROOM_BYTES)
+                && !self.windows.pay_first(these)
+            {
+                Some(Reason::NoMemory)
+            } else {
+                None
+            };
+            if let Some(reason) = refused {
+                for item in now {
+                    self.finish(item, Some(reason), outcomes);
+                }
+                continue;
+            }
+            let tracked = self.is_tracked(now[0].page);
+            let hold = match (&self.uffd, &self.watches) {
+                (Some(uffd), _) if moved => Hold::Moved { uffd, tracked },
+                (_, Some(watches)) if self.barrier != Barrier::None => Hold::Watched(watches),
+                _ => Hold::Nothing,
+            };
+            self.windows.run(hold, these);
+            self.budget.used += needed;
+            let verdicts: Vec<Verdict> = these.iter().map(|job| job.verdict).collect();
+            for (at, verdict) in verdicts.into_iter().enumerate() {
+                let item = &mut items[done - fit + at];
+                item.job.verdict = verdict;
+                if verdict != Verdict::Busy {
+                    let item = Item {
+                        job: item.job.clone(),
+                        ..*item
+                    };
+                    self.finish(&item, None, outcomes);
+                }
+            }
+        }
+        for item in items {
+            if item.job.verdict == Verdict::Busy {
+                busy.push(item);
+            }
+        }
+        busy
+    }
+
+    /// Looks once more at the written bit of what is to be moved: I/O that holds a page by a plain
+    /// reference, which no move would notice, has set it when it began (finding F6).
+    fn drop_written(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) -> Vec<Item> {
+        let mut written: Vec<usize> = Vec::new();
+        let mut at = 0;
+        while at < items.len() {
+            let mut end = at + 1;
+            while end < items.len()
+                && items[end - 1].job.live.span().end() == items[end].job.live.span().start
+            {
+                end += 1;
+            }
+            let span = items[at].job.live.joined(items[end - 1].job.live).span();
+            let query = Query {
+                all_of: Categories::WRITTEN.and(Categories::WP_ALLOWED),
+                any_of: Categories::NONE,
+                ..Query::look(Categories::WRITTEN)
+            };
+            // A look that fails finds nothing, and the window's own comparison still decides.
+            let _ = self.scan(span, &query, |first, pages, _| {
+                written.extend(at + first..at + first + pages);
+            });
+            at = end;
+        }
+        let mut written = written.into_iter().peekable();
+        let mut kept = Vec::with_capacity(items.len());
+        for (at, mut item) in items.into_iter().enumerate() {
+            if written.next_if_eq(&at).is_some() {
+                item.job.verdict = Verdict::Differs;
+                self.finish(&item, None, outcomes);
+            } else {
+                kept.push(item);
+            }
+        }
+        kept
+    }
+
+    /// Books how one request ended.
+    fn finish(&mut self, item: &Item, refused: Option<Reason>, outcomes: &mut [Attempt<()>]) {
+        let span = item.job.live.span();
+        let outcome = match (refused, item.job.verdict) {
+            (Some(reason), _) => Attempt::Refused(reason),
+            (None, Verdict::Merged) => Attempt::Done(()),
+            (None, Verdict::Differs) => {
+                self.lost_races += 1;
+                Attempt::Changed
+            }
+            // It may well be equal: the algorithm looks at it again.
+            (None, Verdict::Denied) => Attempt::Changed,
+            (None, Verdict::Absent) => Attempt::Gone,
+            (None, Verdict::NoMemory) => Attempt::Refused(Reason::NoMemory),
+            (None, Verdict::Sealed) => Attempt::Refused(Reason::Sealed),
+            (None, Verdict::Foreign) => Attempt::Refused(Reason::ForeignUserfaultfd),
+            (None, Verdict::NotQuiet) => Attempt::Refused(Reason::NotQuiet),
+            (None, Verdict::WrongMapping) => Attempt::Refused(eligible::reason_at(span)),
+            (None, Verdict::Busy) => Attempt::Refused(Reason::Pinned),
+            (None, Verdict::Untried) => Attempt::Refused(Reason::Other),
+        };
+        outcomes[item.request] = outcome;
+        if refused.is_none()
+            && let Some(watches) = &mut self.watches
+        {
+            // Merged or let go by its window: its watch is over either way.
+            watches.forget(span);
+        }
+        if outcome != Attempt::Done(()) {
+            if let Some(slot) = item.fresh {
+                self.frames.abandon(slot, 1);
+            }
+            return;
+        }
+        let was_mapped = self.is_mapped(item.page);
+        match item.job.target {
+            Target::Frame { .. } => self.set_mapped(item.page, true),
+            Target::Zero => {
+                self.set_mapped(item.page, false);
+                if (was_mapped || !self.moves) && self.is_tracked(item.page) {
+                    // It lies in a fresh mapping now. Where it cannot be tracked, digests decide.
+                    if let Some(uffd) = &self.uffd {
+                        let _ = uffd.register(span, Modes::WriteProtect);
+                    }
+                }
+            }
+        }
+    }
+}

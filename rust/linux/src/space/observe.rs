@@ -1,0 +1,351 @@
+//! What pages are now: the kernel's answers, put together with what is remembered (see [`super`]).
+
+use super::{LinuxSpace, STATE, SURVEY_FRESH};
+use crate::eligible::{self, Readable};
+use crate::error::Error;
+use crate::settings::{Barrier, Remerge};
+use crate::sys::Span;
+use crate::sys::live::Live;
+use crate::sys::pagemap::{Categories, Entry, Query, ScanStop};
+use crate::watch::{Quiet, Watches};
+use pagemerge_core::{PageId, PageState, Reason, Written};
+use std::time::Instant;
+
+impl LinuxSpace {
+    /// Asks the kernel about `span` and calls `tell` with (page of the span, pages, categories).
+    pub(super) fn scan(
+        &mut self,
+        span: Span,
+        query: &Query,
+        mut tell: impl FnMut(usize, usize, Categories),
+    ) -> Result<(), Error> {
+        if !self.has_scan {
+            return self.read_entries(span, query, tell);
+        }
+        let mut rest = span;
+        while !rest.is_empty() {
+            let got = match self.pagemap.scan(rest, query, &mut self.scanned) {
+                Ok(got) => got,
+                // The owner's remap has ended the tracking of a part: nothing is told of it here,
+                // and the other scan does not call it tracked.
+                Err(ScanStop::NotTracked) => return Ok(()),
+                Err(stop) => {
+                    return Err(Error::os(
+                        format!("cannot look at {} pages (PAGEMAP_SCAN)", rest.pages()),
+                        stop.into(),
+                    ));
+                }
+            };
+            for region in &self.scanned[..got.regions] {
+                let at = region.span();
+                tell(
+                    (at.start - span.start) / self.page,
+                    at.pages(),
+                    region.categories(),
+                );
+            }
+            rest = Span::between(
+                got.walk_end.max(rest.start + self.page).min(span.end()),
+                span.end(),
+            );
+        }
+        Ok(())
+    }
+
+    /// The same from each page's entry, for kernels before 6.7. A zero page is not marked there: it is
+    /// a present page that is nobody's own and holds nothing but zeroes.
+    fn read_entries(
+        &mut self,
+        span: Span,
+        query: &Query,
+        mut tell: impl FnMut(usize, usize, Categories),
+    ) -> Result<(), Error> {
+        let mut entries = vec![Entry::default(); span.pages()];
+        let read = self
+            .pagemap
+            .entries(span.start, &mut entries)
+            .map_err(|e| {
+                Error::os(
+                    format!("cannot read {} entries of /proc/self/pagemap", span.pages()),
+                    e.into(),
+                )
+            })?;
+        for (at, entry) in entries[..read].iter().enumerate() {
+            let mut seen = Categories::NONE;
+            let shared = entry.is_present() && !entry.is_file() && !entry.is_exclusive();
+            for (is, category) in [
+                (entry.is_present(), Categories::PRESENT),
+                (entry.is_swapped(), Categories::SWAPPED),
+                (entry.is_file(), Categories::FILE),
+                (!entry.is_protected(), Categories::WRITTEN),
+                (
+                    shared && self.reads_zero(span.page_run(at, 1)),
+                    Categories::ZERO_PAGE,
+                ),
+            ] {
+                if is {
+                    seen = seen | category;
+                }
+            }
+            if seen.has(query.all_of)
+                && (query.any_of == Categories::NONE || seen.any(query.any_of))
+            {
+                tell(at, 1, seen);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a page of a region is readable and all zero.
+    fn reads_zero(&self, page: Span) -> bool {
+        let region = self
+            .regions
+            .values()
+            .find(|region| region.live.span().covers(page));
+        region.is_some_and(|region| {
+            let offset = page.start - region.live.span().start;
+            Readable::new(&self.maps).covers(page) && region.live.part(offset, page.len).is_zero()
+        })
+    }
+
+    /// What the kernel says of `live`, whose pages were mapped over as `mapped` tells; nothing is
+    /// changed. Fills `into`, and collects pages that were written after merging: (page, pages,
+    /// write-protected).
+    pub(super) fn look(
+        &mut self,
+        live: Live,
+        tracked: bool,
+        mapped: &dyn Fn(usize) -> bool,
+        into: &mut [PageState],
+    ) -> Result<Vec<(usize, usize, bool)>, Error> {
+        for (at, state) in into.iter_mut().enumerate() {
+            *state = if mapped(at) {
+                PageState::Merged
+            } else {
+                PageState::Absent
+            };
+        }
+        let mut broken: Vec<(usize, usize, bool)> = Vec::new();
+        let here = Categories::PRESENT.and(Categories::SWAPPED);
+        let told = if self.tells_guards {
+            STATE.and(Categories::GUARD)
+        } else {
+            STATE
+        };
+        let query = Query {
+            any_of: here,
+            ..Query::look(told)
+        };
+        self.scan(live.span(), &query, |first, pages, seen| {
+            let present = seen.has(Categories::PRESENT);
+            let file = seen.has(Categories::FILE);
+            let ordinary = if seen.has(Categories::GUARD) {
+                PageState::Ineligible(Reason::Guard)
+            } else if !present {
+                // Where writes are tracked, what says SWAPPED is a marker of that, as a rule.
+                let swapped = seen.has(Categories::SWAPPED) && !seen.has(Categories::WP_ALLOWED);
+                if swapped {
+                    PageState::Ineligible(Reason::Swapped)
+                } else {
+                    PageState::Absent
+                }
+            } else if seen.has(Categories::ZERO_PAGE) {
+                PageState::ZeroPage
+            } else if file {
+                // Somebody mapped a file over registered memory.
+                PageState::Ineligible(Reason::FileBacked)
+            } else if tracked && seen.has(Categories::WP_ALLOWED) {
+                PageState::Resident(Written::No)
+            } else {
+                PageState::Resident(Written::Unknown)
+            };
+            for (at, state) in (first..).zip(&mut into[first..first + pages]) {
+                *state = match (mapped(at), present, file) {
+                    (false, ..) => ordinary,
+                    (true, _, true) => PageState::Merged,
+                    (true, false, _) => PageState::Unknown,
+                    (true, true, false) => {
+                        let protected = !seen.has(Categories::WRITTEN);
+                        match broken.last_mut() {
+                            Some((from, n, p)) if *from + *n == at && *p == protected => *n += 1,
+                            _ => broken.push((at, 1, protected)),
+                        }
+                        PageState::Resident(Written::Unknown)
+                    }
+                };
+            }
+        })?;
+        Ok(broken)
+    }
+
+    /// Refuses pages whose owner has taken a permission away: they cannot be protected, so they would
+    /// seem to be written all the time. (Of others that are unwritten that is known.)
+    pub(super) fn refuse_unwritable(&self, live: Live, into: &mut [PageState]) {
+        let mut known = Readable::new(&self.maps);
+        for (at, state) in into.iter_mut().enumerate() {
+            if matches!(state, PageState::Resident(Written::Yes | Written::Unknown)) {
+                let page = live.part(at * self.page, self.page);
+                if let Some(reason) = known.refusal(page.span()) {
+                    *state = PageState::Ineligible(reason);
+                }
+            }
+        }
+    }
+
+    /// Why a new mapping must not take the place of `span`, whose first page is `page`: its owner has
+    /// changed it since he registered it. What is known may be as old as [`SURVEY_FRESH`]; changes of
+    /// protection and locks the kernel sees itself when pages are moved.
+    pub(super) fn altered(&mut self, page: PageId, span: Span) -> Option<Reason> {
+        let (_, region) = self.regions.range_mut(..=page.0).next_back()?;
+        let now = Instant::now();
+        if region
+            .surveyed
+            .is_none_or(|at| now.duration_since(at) >= SURVEY_FRESH)
+        {
+            region.altered = eligible::altered(region.live.span());
+            region.surveyed = Some(now);
+        }
+        let found = region.altered.iter().find(|(part, _)| part.overlaps(span));
+        found.map(|(_, reason)| *reason)
+    }
+
+    /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
+    /// this pass, or this un-merging.
+    pub(super) fn survey_anew(&mut self) {
+        for region in self.regions.values_mut() {
+            region.surveyed = None;
+        }
+    }
+
+    /// Takes the written bits of tracked pages and protects them again, each in one moment, so that
+    /// a write is seen now or next time. It must have the last word over [`look`](Self::look).
+    pub(super) fn take_written(&mut self, span: Span, into: &mut [PageState]) -> Result<(), Error> {
+        let query = Query {
+            must_be_tracked: false,
+            ..Query::written_and_protect(Categories::WRITTEN.and(Categories::PRESENT))
+        };
+        self.scan(span, &query, |first, pages, _| {
+            for state in &mut into[first..first + pages] {
+                if *state == PageState::Resident(Written::No) {
+                    *state = PageState::Resident(Written::Yes);
+                }
+            }
+        })
+    }
+
+    /// Whether pages that were written after merging (or, on a kernel that cannot move pages, any
+    /// pages) may be merged where they are.
+    fn judge_in_place(
+        &mut self,
+        run: Live,
+        protected: bool,
+        remerge: Remerge,
+        into: &mut [PageState],
+    ) {
+        let refuse = |into: &mut [PageState], why| into.fill(PageState::Ineligible(why));
+        if self.barrier == Barrier::None || remerge == Remerge::Always {
+            return;
+        }
+        // In user mode a system call that writes to a watched page fails, and a watch is long.
+        if remerge == Remerge::Never || self.barrier == Barrier::User {
+            return refuse(into, Reason::Broken);
+        }
+        if *self.pinned.get_or_insert_with(eligible::has_pinned_pages) {
+            return refuse(into, Reason::Pinned);
+        }
+        let (now, quiet, page) = (Instant::now(), self.quiet, self.page);
+        let has_room = self.budget.has_room(2);
+        let watches = match self.watches() {
+            Ok(watches) => watches,
+            Err(reason) => return refuse(into, reason),
+        };
+        let mut unwatched: Option<usize> = None;
+        let begin = |from: usize, to: usize, watches: &mut Watches| {
+            let part = run.part(from * page, (to - from) * page);
+            // A run that cannot be watched now is asked again in the next pass.
+            u64::from(has_room && watches.begin(part, now).is_ok()) * 2
+        };
+        let mut added = 0;
+        for (at, state) in into.iter_mut().enumerate() {
+            let address = run.span().start + at * page;
+            let (told, idle) = match watches.look(address, protected, quiet, now) {
+                Quiet::No => (PageState::Ineligible(Reason::NotQuiet), true),
+                Quiet::NotYet => (PageState::Ineligible(Reason::NotQuiet), false),
+                Quiet::Newly => (PageState::Resident(Written::Yes), false),
+                Quiet::Still => (PageState::Resident(Written::No), false),
+                Quiet::Resting => {
+                    watches.give_up(run.part(at * page, page));
+                    (PageState::Ineligible(Reason::NotQuiet), false)
+                }
+            };
+            *state = told;
+            match (idle, unwatched) {
+                (true, None) => unwatched = Some(at),
+                (false, Some(from)) => {
+                    added += begin(from, at, watches);
+                    unwatched = None;
+                }
+                _ => {}
+            }
+        }
+        if let Some(from) = unwatched {
+            added += begin(from, into.len(), watches);
+        }
+        if !has_room {
+            for state in into
+                .iter_mut()
+                .filter(|s| **s == PageState::Ineligible(Reason::NotQuiet))
+            {
+                *state = PageState::Ineligible(Reason::MappingBudget);
+            }
+        }
+        self.budget.used += added;
+    }
+
+    /// Judges those of the broken pages `from..to` of a window that nothing else speaks against.
+    pub(super) fn judge_broken(
+        &mut self,
+        live: Live,
+        (from, to): (usize, usize),
+        protected: bool,
+        first: PageId,
+        into: &mut [PageState],
+    ) {
+        let is_resident = |state: &PageState| matches!(state, PageState::Resident(_));
+        let remerge = self.remerge;
+        let mut at = from;
+        while at < to {
+            let pages = into[at..to].iter().take_while(|s| is_resident(s)).count();
+            if pages > 0 {
+                let run = live.part(at * self.page, pages * self.page);
+                let into = &mut into[at..at + pages];
+                self.judge_in_place(run, protected, remerge, into);
+                if self.moves && remerge == Remerge::Quiet {
+                    let offset = u32::try_from(at).expect("a window is small");
+                    self.restore_found_quiet(run, first.plus(offset), into);
+                }
+            }
+            at += pages.max(1);
+        }
+    }
+
+    /// Without `UFFDIO_MOVE`, every ordinary page goes through a watch, like a broken one.
+    pub(super) fn judge_unmovable(&mut self, run: Live, mapped: &[bool], into: &mut [PageState]) {
+        if self.barrier == Barrier::None {
+            return;
+        }
+        // These were not merged before, so `never` has nothing to say about them.
+        let remerge = match self.remerge {
+            Remerge::Always => Remerge::Always,
+            Remerge::Quiet | Remerge::Never => Remerge::Quiet,
+        };
+        for at in 0..into.len() {
+            if !mapped[at] && matches!(into[at], PageState::Resident(_)) {
+                let page = run.part(at * self.page, self.page);
+                let entry = self.pagemap.entry(page.span().start);
+                let protected = entry.is_ok_and(Entry::is_protected);
+                self.judge_in_place(page, protected, remerge, &mut into[at..=at]);
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Giving pages copies of their own: back into anonymous memory where that is safe, else in place.
+
+use super::{HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, SURVEY_FRESH};
+use crate::accounting;
+use crate::eligible;
+use crate::restore::Restore;
+use crate::settings::Barrier;
+use crate::sys::live::Live;
+use crate::sys::uffd::Modes;
+use crate::window::MAX_PAGES;
+use pagemerge_core::{Attempt, FrameId, PageId, PageState, Reason, Request, Written};
+use std::time::Instant;
+
+/// A request to give one page its own copy.
+struct Parting {
+    live: Live,
+    page: PageId,
+    frame: Option<FrameId>,
+    request: usize,
+}
+
+impl LinuxSpace {
+    /// How much memory is left, asked once for a batch, and not more often than it can matter.
+    pub(super) fn look_at_headroom(&mut self) {
+        let now = Instant::now();
+        let fresh = |at: Instant| now.duration_since(at) < HEADROOM_FRESH;
+        if self
+            .headroom
+            .is_some_and(|(bytes, at)| bytes > HEADROOM_PLENTY && fresh(at))
+        {
+            return;
+        }
+        self.headroom = accounting::headroom().ok().map(|bytes| (bytes, now));
+    }
+
+    /// Gives pages copies of their own, a run at a time: those that were never written move back into
+    /// anonymous memory, the others (and all, where nothing holds writers off) are populated in place
+    /// (finding F3).
+    pub(super) fn unshare(&mut self, requests: &[Request], outcomes: &mut [Attempt<()>]) {
+        let mut pages: Vec<Parting> = Vec::new();
+        for (at, request) in requests.iter().enumerate() {
+            if let Request::Unshare { page, frame } = *request {
+                match self.live(page) {
+                    Some(live) => pages.push(Parting {
+                        live,
+                        page,
+                        frame,
+                        request: at,
+                    }),
+                    None => outcomes[at] = Attempt::Gone,
+                }
+            }
+        }
+        if pages.is_empty() {
+            return;
+        }
+        self.headroom = None;
+        self.look_at_headroom();
+        if self
+            .unshared_at
+            .is_none_or(|at| at.elapsed() > SURVEY_FRESH / 10)
+        {
+            self.survey_anew();
+        }
+        self.unshared_at = Some(Instant::now());
+        pages.sort_by_key(|parting| parting.live.span().start);
+        let mut rest = pages.as_slice();
+        while !rest.is_empty() {
+            let run = rest
+                .windows(2)
+                .position(|two| {
+                    two[0].live.span().end() != two[1].live.span().start
+                        || two[0].frame.is_some() != two[1].frame.is_some()
+                })
+                .map_or(rest.len(), |at| at + 1)
+                .min(MAX_PAGES);
+            self.unshare_run(&rest[..run], outcomes);
+            rest = &rest[run..];
+        }
+    }
+
+    fn unshare_run(&mut self, run: &[Parting], outcomes: &mut [Attempt<()>]) {
+        let live = run[0].live.joined(run[run.len() - 1].live);
+        // What cannot be asked is not refused: the kernel has the last word.
+        let left = self.headroom.map_or(u64::MAX, |(bytes, _)| bytes);
+        let needed = live.span().len as u64;
+        if left < HEADROOM_BYTES / 4 + needed {
+            for parting in run {
+                outcomes[parting.request] = Attempt::Refused(Reason::NoMemory);
+            }
+            return;
+        }
+        self.headroom = self.headroom.map(|(bytes, at)| (bytes - needed, at));
+        if let Some(watches) = &mut self.watches
+            && watches.any_in(live.span())
+        {
+            watches.end(live);
+        }
+        let mut done = vec![false; run.len()];
+        if left > 4 * HEADROOM_BYTES + needed {
+            self.restore_run(live, run, &mut done);
+        }
+        let mut at = 0;
+        while at < run.len() {
+            let same = done[at..].iter().take_while(|&&d| d == done[at]).count();
+            let part = &run[at..at + same];
+            let live = part[0].live.joined(part[same - 1].live);
+            let populated = done[at] || live.populate_write().is_ok();
+            for parting in part {
+                let outcome = if populated || parting.live.populate_write().is_ok() {
+                    Attempt::Done(())
+                } else {
+                    Attempt::Refused(eligible::reason_at(parting.live.span()))
+                };
+                outcomes[parting.request] = outcome;
+            }
+            at += same;
+        }
+    }
+
+    /// Moves what it can of `run` back into anonymous memory, and books it.
+    fn restore_run(&mut self, live: Live, run: &[Parting], done: &mut [bool]) {
+        let views: Option<Vec<_>> = run
+            .iter()
+            .map(|parting| {
+                let slot = self.frames.slot(parting.frame?)?;
+                self.frames.view(slot).ok()
+            })
+            .collect();
+        let huge = self
+            .region_of(run[0].page)
+            .and_then(|(region, _)| region.huge);
+        if self.barrier == Barrier::None
+            || self.altered(run[0].page, live.span()).is_some()
+            || !self.budget.has_room(4)
+            || self.watches().is_err()
+        {
+            return;
+        }
+        let (Some(views), Some(watches)) = (views, &mut self.watches) else {
+            return;
+        };
+        Restore {
+            page: self.page,
+            pagemap: &self.pagemap,
+            maps: &self.maps,
+            lock: &self.windows.lock,
+            watches,
+            scanned: &mut self.scanned,
+        }
+        .unbroken(live, &views, huge, done);
+        self.book_restored(live, run[0].page, done);
+    }
+
+    /// Books which pages of `run`, the first of which is `first`, lie in anonymous memory again.
+    fn book_restored(&mut self, run: Live, first: PageId, done: &[bool]) {
+        let tracked = self.is_tracked(first);
+        let mut at = 0;
+        while at < done.len() {
+            let same = done[at..].iter().take_while(|&&d| d == done[at]).count();
+            if done[at] {
+                for page in at..at + same {
+                    let page = u32::try_from(page).expect("a window is small");
+                    self.set_mapped(first.plus(page), false);
+                }
+                if tracked && let Some(uffd) = &self.uffd {
+                    let span = run.part(at * self.page, same * self.page).span();
+                    // Where it fails, digests decide.
+                    let _ = uffd.register(span, Modes::WriteProtect);
+                }
+            }
+            at += same;
+        }
+    }
+
+    /// Moves pages of `run` that are found quiet back into anonymous memory, where they are like any
+    /// others; those that could not be moved wait for another quiet time.
+    pub(super) fn restore_found_quiet(&mut self, run: Live, first: PageId, into: &mut [PageState]) {
+        let is_quiet = |state: &PageState| matches!(state, PageState::Resident(_));
+        let mut at = 0;
+        while at < into.len() {
+            let quiet = into[at..]
+                .iter()
+                .take_while(|state| is_quiet(state))
+                .count();
+            if quiet > 0 {
+                let part = run.part(at * self.page, quiet * self.page);
+                let offset = u32::try_from(at).expect("a window is small");
+                if !std::mem::replace(&mut self.surveyed_in_pass, true) {
+                    self.survey_anew();
+                }
+                let altered = self.altered(first.plus(offset), part.span());
+                let done = if altered.is_some() {
+                    if let Some(watches) = &mut self.watches {
+                        watches.end(part);
+                    }
+                    vec![false; quiet]
+                } else {
+                    self.restore_quiet(part, first.plus(offset))
+                };
+                for (state, done) in into[at..].iter_mut().zip(done) {
+                    *state = if done {
+                        PageState::Resident(Written::Yes)
+                    } else {
+                        PageState::Ineligible(altered.unwrap_or(Reason::NotQuiet))
+                    };
+                }
+            }
+            at += quiet.max(1);
+        }
+    }
+
+    /// Moves pages that were merged, written, and quiet since, back into anonymous memory.
+    fn restore_quiet(&mut self, run: Live, first: PageId) -> Vec<bool> {
+        let mut done = vec![false; run.span().pages()];
+        self.look_at_headroom();
+        let left = self.headroom.map_or(u64::MAX, |(bytes, _)| bytes);
+        let huge = self.region_of(first).and_then(|(region, _)| region.huge);
+        let Some(watches) = &mut self.watches else {
+            return done;
+        };
+        if left < 4 * HEADROOM_BYTES + run.span().len as u64 {
+            watches.end(run);
+            return done;
+        }
+        Restore {
+            page: self.page,
+            pagemap: &self.pagemap,
+            maps: &self.maps,
+            lock: &self.windows.lock,
+            watches,
+            scanned: &mut self.scanned,
+        }
+        .quiet(run, huge, &mut done);
+        self.book_restored(run, first, &done);
+        done
+    }
+}
