@@ -441,7 +441,8 @@ impl OpenWindow<'_> {
                 continue;
             };
             let several = to - at > 1;
-            let first = self.believe_the_page_tables(staging, at, to);
+            let told = at + moved.bytes / self.page;
+            let first = self.believe_the_page_tables(staging, at, told, to);
             let Some((left, stray)) = first else { continue };
             let moved_some = left > at;
             at = left;
@@ -488,7 +489,7 @@ impl OpenWindow<'_> {
     /// fills a place in this run while it is registered for missing pages, so a page whose home is
     /// empty and whose place in staging is not has been moved.
     ///
-    /// Such a page is put back and nothing else: since the kernel took its own move for one that did
+    /// A page from `told` on, up to which the kernel said that it had come, is put back and nothing else: since the kernel took its own move for one that did
     /// not happen, nothing says that it has flushed the old translation, and a writer that still has
     /// it writes to the page wherever it lies. At home that is right; a frame in its place would
     /// lose the write.
@@ -499,6 +500,7 @@ impl OpenWindow<'_> {
         &mut self,
         staging: &Mapping,
         from: usize,
+        told: usize,
         to: usize,
     ) -> Option<(usize, bool)> {
         let (home, away) = self.tables.split_at_mut(MAX_PAGES);
@@ -525,7 +527,9 @@ impl OpenWindow<'_> {
             let (home, away) = (home[at - from], away[at - from]);
             if is_empty(home) && !is_empty(away) {
                 self.places[at] = Place::Held;
-                self.jobs[at].verdict = Verdict::Denied;
+                if at >= told {
+                    self.jobs[at].verdict = Verdict::Denied;
+                }
             } else if is_empty(home) {
                 self.jobs[at].verdict = Verdict::Absent;
                 self.places[at] = Place::Nowhere;
