@@ -152,6 +152,11 @@ impl StableNodes {
         &self.nodes[node as usize]
     }
 
+    /// The node of a frame that exists.
+    pub(crate) fn living(&self, frame: FrameId) -> Option<&StableNode> {
+        self.nodes.get(frame.index()).filter(|node| node.frame)
+    }
+
     pub(crate) fn get_mut(&mut self, node: u32) -> &mut StableNode {
         &mut self.nodes[node as usize]
     }

@@ -3,6 +3,7 @@
 //! A page that cannot be un-merged stays merged, recorded and counted; memory is never let go while
 //! it shows a frame.
 
+use crate::rbtree::NIL;
 use crate::regions::{Life, RING, Region};
 use crate::rmap::{ATTACHED, CHUNK, EXISTS, RECHECK, UNSTABLE, ZERO};
 use crate::scanner::{RunMode, Scanner, UnmergeError, UnregisterError};
@@ -206,6 +207,41 @@ impl Scanner {
         Ok(())
     }
 
+    /// Takes frames apart: every page that shows one of them gets its own copy, whichever region it
+    /// is of, and may merge again from the next pass on. Frames that there are not (any more) are
+    /// passed over. Returns how many pages stay merged because memory refused.
+    ///
+    /// # Errors
+    /// When memory fails as a whole; what was done until then is recorded.
+    pub fn dissolve<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        frames: &[FrameId],
+    ) -> Result<u32, S::Error> {
+        self.page_size = space.page_size();
+        self.absorb_window();
+        let mut kept = Kept::default();
+        for &frame in frames {
+            let Some(node) = self.stable.living(frame) else {
+                continue;
+            };
+            let mut requests = Vec::with_capacity(node.mapped as usize);
+            let mut at = node.head;
+            while at != NIL {
+                let (page, item) = (PageId(at), self.records.get(PageId(at)));
+                at = item.next();
+                if item.shows_frame() {
+                    let frame = Some(frame);
+                    requests.push(Request::Unshare { page, frame });
+                }
+            }
+            for requests in requests.chunks(CHUNK) {
+                self.carry_out(space, requests, &mut kept)?;
+            }
+        }
+        Ok(kept.pages)
+    }
+
     /// Gives each page of a region that shows a frame or the zero page through us its own copy.
     fn unshare_region<S: PageSpace>(
         &mut self,
@@ -239,14 +275,24 @@ impl Scanner {
             if requests.is_empty() {
                 return Ok(kept);
             }
-            let mut outcomes = vec![Attempt::Refused(Reason::NotTried); requests.len()];
-            let mut done = space.apply(&requests, &mut outcomes);
-            // What has taken effect is recorded to the last page, whatever fails meanwhile.
-            for (request, outcome) in requests.iter().zip(outcomes) {
-                done = done.and(self.unshared(space, *request, outcome, &mut kept));
-            }
-            done?;
+            self.carry_out(space, &requests, &mut kept)?;
         }
+    }
+
+    /// Has memory un-merge pages, and records to the last of them what has taken effect, whatever
+    /// fails meanwhile.
+    fn carry_out<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        requests: &[Request],
+        kept: &mut Kept,
+    ) -> Result<(), S::Error> {
+        let mut outcomes = vec![Attempt::Refused(Reason::NotTried); requests.len()];
+        let mut done = space.apply(requests, &mut outcomes);
+        for (request, outcome) in requests.iter().zip(outcomes) {
+            done = done.and(self.unshared(space, *request, outcome, kept));
+        }
+        done
     }
 
     /// Draws the conclusion from one request to un-merge.

@@ -277,9 +277,31 @@ impl EngineState {
             self.space.detach_region(id);
             self.lagging.insert((handle.addr, handle.pages, domain), id);
         } else {
+            self.dissolve_frames_under(id);
             self.space.remove_region(id);
         }
         Ok(())
+    }
+
+    /// A page that was written after merging keeps its copy in a mapping of its old frame. Its owner
+    /// is about to have it for himself, and an allocator that discards it expects zeroes; so frames
+    /// that others still share are taken apart, after which their slots are holes. Those others
+    /// merge again in the next passes. (Exactly like the kernel, with `lagging_records`, their
+    /// counters must not move.)
+    fn dissolve_frames_under(&mut self, id: RegionId) {
+        let frames = self.space.frames_left_under(id);
+        if frames.is_empty() {
+            return;
+        }
+        match self.scanner.dissolve(&mut self.space, &frames) {
+            Ok(0) => {}
+            Ok(pages) => tracing::warn!(
+                pages,
+                "frames stay under written pages of a region that ended: other pages that share \
+                 them could not be un-merged"
+            ),
+            Err(error) => tracing::warn!(%error, "frames stay under a region that ended"),
+        }
     }
 
     fn drop_handle(&mut self, handle: RegionHandle) -> String {

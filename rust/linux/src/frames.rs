@@ -45,8 +45,7 @@ use crate::sys::memfd::{Memfd, WriteStop};
 use crate::sys::process::Resource;
 use crate::{fork, sys};
 use pagemerge_core::{FrameId, Reason, RegionId};
-use std::collections::HashMap;
-use std::collections::hash_map;
+use std::collections::{HashMap, HashSet, hash_map};
 use std::rc::Rc;
 
 /// Runs of at least so many pages go to the mirror.
@@ -346,6 +345,33 @@ impl FrameStore {
             Rc::clone(&view.mapping),
             (slot.index % VIEW_SLOTS) as usize * page,
         ))
+    }
+
+    /// The living frames among the slots that lie under `stretches`: (file number, offset, bytes), as
+    /// the list of mappings tells them.
+    pub(crate) fn under(&self, stretches: &[(u64, u64, usize)]) -> Vec<FrameId> {
+        let files: HashMap<u64, u32> = self
+            .generations
+            .iter()
+            .filter_map(|(number, generation)| Some((generation.memfd.inode().ok()?, *number)))
+            .collect();
+        let page = self.page as u64;
+        let slots: HashSet<(u32, u64)> = stretches
+            .iter()
+            .filter_map(|(inode, offset, bytes)| {
+                let first = offset / page;
+                Some((*files.get(inode)?, first..first + *bytes as u64 / page))
+            })
+            .flat_map(|(file, slots)| slots.map(move |slot| (file, slot)))
+            .collect();
+        if slots.is_empty() {
+            return Vec::new();
+        }
+        (0..)
+            .zip(&self.slots)
+            .filter(|(_, slot)| slots.contains(&(slot.generation, slot.index.into())))
+            .map(|(frame, _)| FrameId(frame))
+            .collect()
     }
 
     /// Gives up slots that were written but never mapped by any page.

@@ -116,7 +116,8 @@ pub(crate) struct Vma {
     shared: bool,
     /// Where in the file it begins.
     pub(crate) offset: u64,
-    inode: u64,
+    /// The file's number, or 0.
+    pub(crate) inode: u64,
     /// The file's path, or what the kernel calls it: `[heap]`, `[stack]`, `[anon:...]`.
     pub(crate) name: String,
     /// Its flags.

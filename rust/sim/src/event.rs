@@ -86,6 +86,13 @@ pub enum Op {
         /// Whether the scanner is told.
         tell: bool,
     },
+    /// The frames that a run of pages shows are taken apart, and one that there is not.
+    Dissolve {
+        /// The first page.
+        page: u32,
+        /// How many.
+        pages: u8,
+    },
     /// Settings are changed; the event's seed says which and how.
     Settings,
     /// `run` is written.
@@ -125,7 +132,7 @@ pub struct Temper {
     pub(crate) events: usize,
 }
 
-const KINDS: usize = 16;
+const KINDS: usize = 17;
 
 /// What a run is mostly about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,8 +147,8 @@ impl Temper {
     /// A temper drawn from `rng`.
     #[must_use]
     pub fn draw(flavour: Flavour, rng: &mut Rng) -> Self {
-        //  Act Fill Race Step Pass Reg Unreg Revive Forget Discard Sett Run Refresh Wait Faults Settle
-        let usual = [12, 8, 12, 16, 6, 2, 1, 1, 1, 3, 2, 1, 1, 2, 2, 1];
+        //  Act Fill Race Step Pass Reg Unreg Revive Forget Discard Sett Run Refresh Wait Faults Dissolve Settle
+        let usual = [12, 8, 12, 16, 6, 2, 1, 1, 1, 3, 2, 1, 1, 2, 2, 1, 1];
         let mut weights = usual;
         for weight in &mut weights {
             *weight = match rng.below(6) {
@@ -249,6 +256,10 @@ impl Temper {
                 millisecs: rng.pick(&[1, 500, 1999, 2000, 60_000]),
             },
             14 => Op::Faults(self.draw_faults(rng)),
+            15 => Op::Dissolve {
+                page,
+                pages: 1 + byte(rng, 4),
+            },
             _ => Op::Settle,
         }
     }

@@ -8,10 +8,10 @@ use crate::event::{Event, Flavour, Op, Temper};
 use crate::fault::{Action, Faults, Remerge};
 use crate::model;
 use crate::rng::Rng;
-use crate::space::{Habits, SimSpace};
+use crate::space::{Backing, Habits, SimSpace};
 use pagemerge_core::{
-    AdvisorMode, ChangeError, Clock, PageId, RegionId, RunMode, Scanner, SettingError, Settings,
-    StepReport, Tick, TraceSink, TreeOrder, UnmergeError, UnregisterError, check,
+    AdvisorMode, ChangeError, Clock, FrameId, PageId, RegionId, RunMode, Scanner, SettingError,
+    Settings, StepReport, Tick, TraceSink, TreeOrder, UnmergeError, UnregisterError, check,
 };
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -286,6 +286,7 @@ impl World {
             Op::Revive { region } => self.revive(region),
             Op::Forget { region } => self.forget(region),
             Op::Discard { page, pages, tell } => self.discard(page, pages, tell),
+            Op::Dissolve { page, pages } => self.dissolve(page, pages),
             Op::Settings => self.change_settings(&mut rng),
             Op::Run(mode) => self.set_run(mode),
             Op::Refresh => self.refresh(),
@@ -429,6 +430,29 @@ impl World {
                 );
             }
             Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn dissolve(&mut self, page: u32, pages: u8) {
+        let shown = (0..pages)
+            .filter_map(|number| self.space.nth_page(page.wrapping_add(number.into())))
+            .filter_map(|page| self.space.shows(page));
+        // Twice, and one that never was: neither may matter.
+        let mut frames: Vec<FrameId> = shown.chain([FrameId(u32::MAX - 1)]).collect();
+        frames.extend(frames.first().copied());
+        let errors = self.space.errors_injected();
+        match self.scanner.dissolve(&mut self.space, &frames) {
+            Ok(kept) => {
+                let still = model::merged(
+                    &self.space.view(),
+                    |page| matches!(page.backing, Backing::Frame(frame) if frames.contains(&frame)),
+                );
+                assert!(still <= u64::from(kept), "{still} pages stay, not {kept}");
+            }
+            Err(error) => assert!(
+                self.space.errors_injected() > errors,
+                "not by order: {error}"
+            ),
         }
     }
 

@@ -1,14 +1,17 @@
 //! Giving pages copies of their own: back into anonymous memory where that is safe, else in place.
 
-use super::{HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, SURVEY_FRESH};
+use super::{HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, SURVEY_FRESH, for_runs};
 use crate::accounting;
 use crate::eligible;
+use crate::mappings;
 use crate::restore::Restore;
 use crate::settings::Barrier;
+use crate::sys::Span;
 use crate::sys::live::Live;
+use crate::sys::procmap::QueryStop;
 use crate::sys::uffd::Modes;
 use crate::window::MAX_PAGES;
-use pagemerge_core::{Attempt, FrameId, PageId, PageState, Reason, Request, Written};
+use pagemerge_core::{Attempt, FrameId, PageId, PageState, Reason, RegionId, Request, Written};
 use std::time::Instant;
 
 /// A request to give one page its own copy.
@@ -116,6 +119,52 @@ impl LinuxSpace {
             }
             at += same;
         }
+    }
+
+    /// Living frames under pages of a region that have copies of their own: whoever discards such a
+    /// page is shown the frame, for as long as any other page shares it.
+    pub(crate) fn frames_left_under(&self, id: RegionId) -> Vec<FrameId> {
+        let region = self.by_id.get(&id).and_then(|at| self.regions.get(at));
+        let Some(region) = region else {
+            return Vec::new();
+        };
+        let mut stretches = Vec::new();
+        for_runs(region, true, (0, region.pages()), self.page, |run| {
+            stretches.extend(self.files_under(run.span()));
+        });
+        self.frames.under(&stretches)
+    }
+
+    /// Which file lies under each part of `span`, and where in it: (file number, offset, bytes).
+    fn files_under(&self, span: Span) -> Vec<(u64, u64, usize)> {
+        let stretch = |mapping: Span, inode: u64, offset: u64| {
+            let part = mapping.intersection(span)?;
+            Some((
+                inode,
+                offset + (part.start - mapping.start) as u64,
+                part.len,
+            ))
+        };
+        let mut found = Vec::new();
+        let mut at = span.start;
+        while at < span.end() {
+            match self.maps.at(at) {
+                Ok(mapping) => {
+                    found.extend(stretch(mapping.span, mapping.inode, mapping.offset));
+                    at = mapping.span.end();
+                }
+                Err(QueryStop::Missing) => {
+                    // What cannot be read is left as it is, and reads right as it is.
+                    let all = mappings::read(span).unwrap_or_default();
+                    return all
+                        .iter()
+                        .filter_map(|vma| stretch(vma.span, vma.inode, vma.offset))
+                        .collect();
+                }
+                Err(_) => at += self.page,
+            }
+        }
+        found
     }
 
     /// Moves what it can of `run` back into anonymous memory, and books it.

@@ -211,6 +211,19 @@ impl Memfd {
     /// # Errors
     /// [`WriteStop`], for a file that is no file any more.
     pub(crate) fn allocated_bytes(&self) -> Result<u64, WriteStop> {
+        let blocks = self.stat()?.st_blocks;
+        Ok(u64::try_from(blocks).unwrap_or(0) * 512)
+    }
+
+    /// Its number, by which the list of mappings names it.
+    ///
+    /// # Errors
+    /// [`WriteStop`], for a file that is no file any more.
+    pub(crate) fn inode(&self) -> Result<u64, WriteStop> {
+        Ok(self.stat()?.st_ino)
+    }
+
+    fn stat(&self) -> Result<libc::stat, WriteStop> {
         // SAFETY: all zero is a valid `stat`, which is plain data.
         let mut stat: libc::stat = unsafe { std::mem::zeroed() };
         checked(Call::Fstat, || {
@@ -218,7 +231,7 @@ impl Memfd {
             i64::from(unsafe { libc::fstat(self.raw(), &raw mut stat) })
         })
         .map_err(WriteStop::decode)?;
-        Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+        Ok(stat)
     }
 }
 
