@@ -6,8 +6,9 @@
 //! words have two uses, because a page is never both a candidate and a sharer: tree links while
 //! [`UNSTABLE`], and node, next and previous sharer while [`ATTACHED`].
 //!
-//! Records lie in chunks of 512, one for each stretch of page numbers, so that a region of 64 GiB with
-//! few pages present costs little more than those pages.
+//! Records lie in chunks, one for each stretch of 512 page numbers, so that a region of 64 GiB with few
+//! pages present costs little more than those pages: a chunk with few records is a list of them, one
+//! with many an array, and those that are there are found without visiting the others.
 //!
 //! # Invariants (proved by [`crate::check`])
 //! * R1. A record is `UNSTABLE`, `ATTACHED` or neither, never both; and either one only if it
@@ -17,7 +18,10 @@
 //! * R4. A chunk whose records are all empty is marked to be freed when the scan ends.
 //!
 //! # Cost
-//! Access is two array look-ups. Freeing empty chunks reads only chunks that lost a record.
+//! Access is three array look-ups (in a list, a binary search besides). Going over all records costs by
+//! the chunks that are there, and 8 words for each GiB in which there is one. Freeing empty chunks reads
+//! only chunks that lost a record. A lone record takes 180 bytes, besides 8 KiB for the GiB around it;
+//! many take 24 each.
 
 use crate::PageId;
 use crate::rbtree::{Links, NIL, Side};
@@ -137,57 +141,219 @@ impl RmapItem {
 
 static EMPTY: RmapItem = RmapItem::EMPTY;
 
+/// Chunks of one leaf of the directory: 1 GiB of pages of 4 KiB.
+const LEAF: usize = 512;
+const LEAF_SHIFT: u32 = SHIFT + LEAF.trailing_zeros();
+/// Records up to which a chunk is a list.
+const FEW: usize = 128;
+
+/// The records of [`CHUNK`] pages.
 #[derive(Clone, Debug)]
-struct Chunk {
-    items: Box<[RmapItem; CHUNK]>,
+enum Chunk {
+    /// Not there.
+    None,
+    /// Those that are there, by their place in the chunk, in ascending order.
+    Few(Box<Few>),
+    /// All of them.
+    Dense(Box<Dense>),
+}
+
+#[derive(Clone, Debug)]
+struct Few {
+    items: Vec<(u16, RmapItem)>,
     /// A record has been dropped since it was last seen whether others are left.
     lost_one: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Dense {
+    items: [RmapItem; CHUNK],
+    /// As in [`Few`].
+    lost_one: bool,
+}
+
+impl Few {
+    fn place(&self, at: usize) -> Result<usize, usize> {
+        self.items
+            .binary_search_by_key(&at, |(place, _)| usize::from(*place))
+    }
+}
+
+impl Chunk {
+    fn get(&self, at: usize) -> &RmapItem {
+        match self {
+            Self::Dense(dense) => &dense.items[at],
+            Self::Few(few) => few.place(at).map_or(&EMPTY, |n| &few.items[n].1),
+            Self::None => &EMPTY,
+        }
+    }
+
+    fn get_mut(&mut self, at: usize) -> &mut RmapItem {
+        self.make_room(at);
+        match self {
+            Self::Dense(dense) => &mut dense.items[at],
+            Self::Few(few) => {
+                let n = few.place(at).unwrap_or_else(|n| {
+                    few.items.insert(n, (low16(at), RmapItem::EMPTY));
+                    n
+                });
+                &mut few.items[n].1
+            }
+            Self::None => unreachable!("room has just been made"),
+        }
+    }
+
+    /// Makes a list of nothing, and an array of a list that is full.
+    fn make_room(&mut self, at: usize) {
+        match self {
+            Self::Dense(_) => {}
+            Self::Few(few) => {
+                if few.items.len() == FEW && few.place(at).is_err() {
+                    let mut dense = Box::new(Dense {
+                        items: [RmapItem::EMPTY; CHUNK],
+                        lost_one: few.lost_one,
+                    });
+                    for &(place, item) in &few.items {
+                        dense.items[usize::from(place)] = item;
+                    }
+                    *self = Self::Dense(dense);
+                }
+            }
+            Self::None => {
+                *self = Self::Few(Box::new(Few {
+                    items: Vec::new(),
+                    lost_one: false,
+                }));
+            }
+        }
+    }
+
+    fn may_be_empty(&mut self) {
+        match self {
+            Self::Dense(dense) => dense.lost_one = true,
+            Self::Few(few) => few.lost_one = true,
+            Self::None => {}
+        }
+    }
+
+    /// Drops empty records where one was lost. Returns whether no record is left.
+    fn tidy(&mut self) -> bool {
+        match self {
+            Self::Dense(dense) => {
+                if !std::mem::take(&mut dense.lost_one) {
+                    return false;
+                }
+                dense.items.iter().all(|item| item.flags == 0)
+            }
+            Self::Few(few) => {
+                if !std::mem::take(&mut few.lost_one) {
+                    return false;
+                }
+                few.items.retain(|(_, item)| item.flags != 0);
+                few.items.is_empty()
+            }
+            Self::None => true,
+        }
+    }
+
+    /// Whether it would be kept for ever though all its records are empty.
+    fn is_forgotten(&self) -> bool {
+        match self {
+            Self::Dense(dense) => !dense.lost_one && dense.items.iter().all(|item| item.flags == 0),
+            Self::Few(few) => !few.lost_one && few.items.iter().all(|(_, item)| item.flags == 0),
+            Self::None => false,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(_) => size_of::<Dense>(),
+            Self::Few(few) => {
+                size_of::<Few>() + few.items.capacity() * size_of::<(u16, RmapItem)>()
+            }
+            Self::None => 0,
+        }
+    }
+}
+
+/// The chunks of a stretch of pages, and which of them are there.
+#[derive(Clone, Debug)]
+struct Leaf {
+    there: [u64; LEAF / 64],
+    chunks: [Chunk; LEAF],
+}
+
+impl Leaf {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            there: [0; LEAF / 64],
+            chunks: [const { Chunk::None }; LEAF],
+        })
+    }
+
+    /// The first chunk from `from` on that is there.
+    fn next(&self, from: usize) -> Option<usize> {
+        let mut word = from / 64;
+        let mut seen = self.there.get(word)? >> (from % 64) << (from % 64);
+        while seen == 0 {
+            word += 1;
+            seen = *self.there.get(word)?;
+        }
+        Some(word * 64 + seen.trailing_zeros() as usize)
+    }
 }
 
 /// All records, by page.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Records {
-    chunks: Vec<Option<Chunk>>,
-    present: usize,
+    leaves: Vec<Option<Box<Leaf>>>,
 }
 
 impl Records {
     /// Makes room for pages below `end`.
     pub(crate) fn reach(&mut self, end: u32) {
-        let chunks = (end as usize).div_ceil(CHUNK);
-        if chunks > self.chunks.len() {
-            self.chunks.resize(chunks, None);
+        let leaves = (end as usize).div_ceil(1 << LEAF_SHIFT);
+        if leaves > self.leaves.len() {
+            self.leaves.resize(leaves, None);
         }
+    }
+
+    fn chunk(&self, page: PageId) -> Option<&Chunk> {
+        let leaf = self.leaves[page.index() >> LEAF_SHIFT].as_deref()?;
+        Some(&leaf.chunks[page.index() >> SHIFT & (LEAF - 1)])
     }
 
     /// The record of a page; an empty one if there is none.
     pub(crate) fn get(&self, page: PageId) -> &RmapItem {
-        match &self.chunks[page.index() >> SHIFT] {
-            Some(chunk) => &chunk.items[page.index() % CHUNK],
-            None => &EMPTY,
-        }
+        let chunk = self.chunk(page);
+        chunk.map_or(&EMPTY, |chunk| chunk.get(page.index() % CHUNK))
     }
 
     /// The record of a page, to be filled or changed.
     pub(crate) fn get_mut(&mut self, page: PageId) -> &mut RmapItem {
-        let slot = &mut self.chunks[page.index() >> SHIFT];
-        let chunk = slot.get_or_insert_with(|| {
-            self.present += 1;
-            Chunk {
-                items: Box::new([RmapItem::EMPTY; CHUNK]),
-                lost_one: false,
-            }
-        });
-        &mut chunk.items[page.index() % CHUNK]
+        let leaf = self.leaves[page.index() >> LEAF_SHIFT].get_or_insert_with(Leaf::new);
+        let at = page.index() >> SHIFT & (LEAF - 1);
+        let chunk = &mut leaf.chunks[at];
+        if matches!(chunk, Chunk::None) {
+            leaf.there[at / 64] |= 1 << (at % 64);
+        }
+        chunk.get_mut(page.index() % CHUNK)
     }
 
     /// The records from `page` on that lie in one piece, or `None` and how many would if they
     /// were there.
     pub(crate) fn stretch(&self, page: PageId) -> Result<&[RmapItem], usize> {
         let at = page.index() % CHUNK;
-        match &self.chunks[page.index() >> SHIFT] {
-            Some(chunk) => Ok(&chunk.items[at..]),
-            None => Err(CHUNK - at),
+        match self.chunk(page) {
+            Some(Chunk::Dense(dense)) => Ok(&dense.items[at..]),
+            Some(Chunk::Few(few)) => match few.place(at) {
+                Ok(n) => Ok(std::slice::from_ref(&few.items[n].1)),
+                Err(n) => {
+                    let next = few.items.get(n);
+                    Err(next.map_or(CHUNK, |(place, _)| usize::from(*place)) - at)
+                }
+            },
+            Some(Chunk::None) | None => Err(CHUNK - at),
         }
     }
 
@@ -211,68 +377,104 @@ impl Records {
     }
 
     fn may_be_empty(&mut self, page: PageId) {
-        if let Some(chunk) = &mut self.chunks[page.index() >> SHIFT] {
-            chunk.lost_one = true;
+        if let Some(leaf) = &mut self.leaves[page.index() >> LEAF_SHIFT] {
+            leaf.chunks[page.index() >> SHIFT & (LEAF - 1)].may_be_empty();
         }
     }
 
     /// Frees those chunks for pages of this range whose records are all empty.
     pub(crate) fn free_empty_chunks(&mut self, first: u32, end: u32) {
-        let range = first as usize / CHUNK..(end as usize).div_ceil(CHUNK);
-        for slot in &mut self.chunks[range] {
-            let Some(chunk) = slot else { continue };
-            if !chunk.lost_one {
+        let (first, end) = (first as usize / CHUNK, (end as usize).div_ceil(CHUNK));
+        for number in first / LEAF..end.div_ceil(LEAF) {
+            let Some(leaf) = &mut self.leaves[number] else {
                 continue;
+            };
+            let mut from = first.saturating_sub(number * LEAF);
+            while let Some(at) = leaf.next(from)
+                && number * LEAF + at < end
+            {
+                if leaf.chunks[at].tidy() {
+                    leaf.chunks[at] = Chunk::None;
+                    leaf.there[at / 64] &= !(1 << (at % 64));
+                }
+                from = at + 1;
             }
-            if chunk.items.iter().all(|item| item.flags == 0) {
-                *slot = None;
-                self.present -= 1;
-            } else {
-                chunk.lost_one = false;
+            if leaf.there == [0; LEAF / 64] {
+                self.leaves[number] = None;
             }
         }
     }
 
-    /// The first page at or after `from`, and before `end`, whose record has any of `flags`.
-    pub(crate) fn find(&self, from: u32, end: u32, flags: u16) -> Option<PageId> {
+    /// The first page of `from..end` for which there may be a record, in a chunk that is there; with
+    /// the end of that chunk, or of the range.
+    pub(crate) fn next_chunk(&self, from: u32, end: u32) -> Option<(u32, u32)> {
         let mut at = from;
         while at < end {
-            let left = (end - at) as usize;
-            match self.stretch(PageId(at)) {
-                Ok(items) => {
-                    let items = &items[..items.len().min(left)];
-                    if let Some(n) = items.iter().position(|item| item.only(flags) != 0) {
-                        return Some(PageId(at + low32(n)));
-                    }
-                    at += low32(items.len());
-                }
-                Err(missing) => at += low32(missing.min(left)),
+            let place = (at >> SHIFT) as usize % LEAF;
+            let leaf = self.leaves[(at >> LEAF_SHIFT) as usize].as_deref();
+            if let Some(found) = leaf.and_then(|leaf| leaf.next(place)) {
+                let first = at.max((at >> LEAF_SHIFT << LEAF_SHIFT) + low32(found * CHUNK));
+                let after = (first >> SHIFT << SHIFT).saturating_add(low32(CHUNK));
+                return (first < end).then_some((first, after.min(end)));
             }
+            at = ((at >> LEAF_SHIFT) + 1).checked_mul(1 << LEAF_SHIFT)?;
+        }
+        None
+    }
+
+    /// The first page at or after `from`, and before `end`, whose record has any of `flags`.
+    pub(crate) fn find(&self, from: u32, end: u32, flags: u16) -> Option<PageId> {
+        let mut from = from;
+        while let Some((first, after)) = self.next_chunk(from, end) {
+            let (at, count) = (first as usize % CHUNK, (after - first) as usize);
+            let found = match self.chunk(PageId(first)) {
+                Some(Chunk::Dense(dense)) => dense.items[at..at + count]
+                    .iter()
+                    .position(|item| item.only(flags) != 0),
+                Some(Chunk::Few(few)) => few.items[few.place(at).unwrap_or_else(|n| n)..]
+                    .iter()
+                    .find(|(_, item)| item.only(flags) != 0)
+                    .map(|(place, _)| usize::from(*place) - at)
+                    .filter(|&n| n < count),
+                Some(Chunk::None) | None => None,
+            };
+            if let Some(n) = found {
+                return Some(PageId(first + low32(n)));
+            }
+            from = after;
         }
         None
     }
 
     /// Bytes taken.
     pub(crate) fn bytes(&self) -> usize {
-        self.present * size_of::<[RmapItem; CHUNK]>()
-            + self.chunks.capacity() * size_of::<Option<Chunk>>()
+        let leaves = self.leaves.iter().flatten();
+        let chunks: usize = leaves
+            .map(|leaf| size_of::<Leaf>() + leaf.chunks.iter().map(Chunk::bytes).sum::<usize>())
+            .sum();
+        chunks + self.leaves.capacity() * size_of::<Option<Box<Leaf>>>()
     }
 
     /// The first page of a chunk that would be kept for ever though all its records are empty.
     pub(crate) fn forgotten_chunk(&self) -> Option<usize> {
-        let empty = |chunk: &Chunk| chunk.items.iter().all(|item| item.flags == 0);
-        let forgotten =
-            |slot: &Option<Chunk>| slot.as_ref().is_some_and(|c| !c.lost_one && empty(c));
-        self.chunks
-            .iter()
-            .position(forgotten)
-            .map(|chunk| chunk * CHUNK)
+        let mut from = 0;
+        while let Some((first, after)) = self.next_chunk(from, self.end()) {
+            if self.chunk(PageId(first)).is_some_and(Chunk::is_forgotten) {
+                return Some(first as usize);
+            }
+            from = after;
+        }
+        None
     }
 
     /// How many pages there is room for.
     pub(crate) fn end(&self) -> u32 {
-        low32(self.chunks.len() * CHUNK)
+        u32::try_from(self.leaves.len() << LEAF_SHIFT).unwrap_or(u32::MAX)
     }
+}
+
+fn low16(place: usize) -> u16 {
+    u16::try_from(place).expect("a place in a chunk")
 }
 
 /// A count that is known to fit, because page numbers have 32 bits.

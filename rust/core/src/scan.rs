@@ -82,6 +82,8 @@ pub(crate) struct Cursor {
     window_first: u32,
     /// Their NUMA nodes, if those matter.
     nids: Vec<Nid>,
+    /// Nothing was at the page before `at`: there may be more of that.
+    in_gap: bool,
 }
 
 impl Default for Cursor {
@@ -93,6 +95,7 @@ impl Default for Cursor {
             window: Vec::new(),
             window_first: 0,
             nids: Vec::new(),
+            in_gap: false,
         }
     }
 }
@@ -101,6 +104,7 @@ impl Cursor {
     /// Moves to the beginning of a region.
     pub(crate) fn enter(&mut self, region: u32, first: u32) {
         (self.region, self.at, self.touched) = (region, first, false);
+        self.in_gap = true;
         self.drop_window();
     }
 
@@ -574,6 +578,10 @@ impl Scanner {
                         if self.look_left == 0 {
                             return Ok(Next::LookedEnough);
                         }
+                        if std::mem::take(&mut self.cursor.in_gap) {
+                            self.leap(space, id, region.end())?;
+                            continue;
+                        }
                         let pages = (region.end() - self.cursor.at).min(low32(BATCH));
                         let first = PageId(self.cursor.at);
                         self.look(
@@ -586,6 +594,8 @@ impl Scanner {
                         )?;
                         // A call has its price, however few the pages.
                         self.note_looked(pages, pages.max(LOOK_PRICE));
+                        let last = self.cursor.window.last();
+                        self.cursor.in_gap = last == Some(&PageState::Absent);
                     }
                     self.pass_over_settled();
                     let (at, rest) = self.cursor.rest();
@@ -616,6 +626,31 @@ impl Scanner {
         Ok(Next::End)
     }
 
+    /// Moves the cursor over pages where nothing is and of which nothing is known, so that a pass
+    /// costs by the pages that are there. Asked only in a gap: dense regions make no extra call.
+    fn leap<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        region: RegionId,
+        end: u32,
+    ) -> Result<(), S::Error> {
+        let at = self.cursor.at;
+        // Whatever has a record is visited.
+        let known = self.records.find(at, end, u16::MAX).map_or(end, |p| p.0);
+        if known == at {
+            return Ok(());
+        }
+        let window = Window {
+            region,
+            first: PageId(at),
+            pages: known - at,
+        };
+        let next = space.next_present(window)?;
+        self.note_looked(0, LOOK_PRICE);
+        self.cursor.at = next.map_or(known, |page| page.0.clamp(at, known));
+        Ok(())
+    }
+
     /// The hash of candidates that are examined in each pass: a page of zeroes whose attempt with the
     /// zero page has failed is to have another.
     fn never_settled(&self) -> Option<u64> {
@@ -624,9 +659,16 @@ impl Scanner {
 
     /// Advances over pages at the cursor for which nothing has changed.
     fn pass_over_settled(&mut self) {
+        while self.pass_over_some() > 0 {}
+    }
+
+    fn pass_over_some(&mut self) -> usize {
         let keeps = self.settings.keeps_unstable();
         let never = self.never_settled();
         let (at, rest) = self.cursor.rest();
+        if rest.is_empty() {
+            return 0;
+        }
         let passed = match self.records.stretch(PageId(at)) {
             Ok(items) => rest
                 .iter()
@@ -658,6 +700,7 @@ impl Scanner {
                 .count(),
         };
         self.cursor.at += low32(passed);
+        passed
     }
 
     /// Deals with the page at the cursor as far as looking goes. `None` if the budget is not charged.
@@ -784,14 +827,17 @@ impl Scanner {
             let region = RegionId(at);
             let it = *self.regions.get(region);
             if it.merging + it.zero > 0 && it.life == Life::Registered {
-                if left == 0 {
-                    break;
+                // By the stretches in which there are records: what lies between costs nothing.
+                while swept.is_ok()
+                    && left > 0
+                    && let Some((first, after)) = self.records.next_chunk(page, it.end())
+                {
+                    let after = after.min(first.saturating_add(left));
+                    swept = self.sweep_region(space, region, first..after, &mut states);
+                    left -= after - first;
+                    page = after;
                 }
-                let end = it.end().min(page.saturating_add(left));
-                swept = self.sweep_region(space, region, page..end, &mut states);
-                left -= end - page;
-                if end < it.end() {
-                    page = end;
+                if left == 0 && self.records.next_chunk(page, it.end()).is_some() {
                     break;
                 }
             }
@@ -813,30 +859,25 @@ impl Scanner {
         pages: Range<u32>,
         states: &mut Vec<PageState>,
     ) -> Result<(), S::Error> {
-        let Range { mut start, end } = pages;
-        while let Some(first) = self.records.find(start, end, ATTACHED | ZERO) {
-            let pages = (end - first.0).min(low32(BATCH));
-            states.clear();
-            states.resize(pages as usize, PageState::Unknown);
-            space.observe(
-                Window {
-                    region,
-                    first,
-                    pages,
-                },
-                Look::Sweep,
-                states,
-            )?;
-            let mut done = Ok(());
-            for (page, &state) in (first.0..).map(PageId).zip(states.iter()) {
-                if !matches!(state, PageState::Merged | PageState::Unknown) {
-                    done = done.and(self.notice(space, page, state));
-                }
+        let Range { start, end } = pages;
+        let Some(first) = self.records.find(start, end, ATTACHED | ZERO) else {
+            return Ok(());
+        };
+        let window = Window {
+            region,
+            first,
+            pages: end - first.0,
+        };
+        states.clear();
+        states.resize(window.pages as usize, PageState::Unknown);
+        space.observe(window, Look::Sweep, states)?;
+        let mut done = Ok(());
+        for (page, &state) in (first.0..).map(PageId).zip(states.iter()) {
+            if !matches!(state, PageState::Merged | PageState::Unknown) {
+                done = done.and(self.notice(space, page, state));
             }
-            done?;
-            start = first.0 + pages;
         }
-        Ok(())
+        done
     }
 
     // ---------------------------------------------------------------- what is done with it

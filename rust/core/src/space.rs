@@ -254,6 +254,18 @@ pub trait PageSpace {
         into: &mut [PageState],
     ) -> Result<(), Self::Error>;
 
+    /// The first page of `window`, which may be as long as a region, that a [`Look::Scan`] would not
+    /// find [`PageState::Absent`]; `None` if it would find all of them so. Asked where nothing was at
+    /// the page before, about pages that the algorithm knows nothing of. Has no side effect.
+    ///
+    /// A space that cannot tell names the first page, and a pass then looks at every page.
+    ///
+    /// # Errors
+    /// When the space is unusable.
+    fn next_present(&mut self, window: Window) -> Result<Option<PageId>, Self::Error> {
+        Ok(Some(window.first))
+    }
+
     /// Writes the NUMA node of each page of `window` to `into`. Asked only while
     /// `merge_across_nodes` is off.
     ///

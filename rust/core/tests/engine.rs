@@ -706,26 +706,78 @@ fn pages_left_alone_are_counted_by_reason_once_in_a_scan() {
     assert_eq!(world.scanner.stats().skipped[Reason::Mlocked as usize], 0);
 }
 
+/// Two regions with the same few pages present, one of them ten times as long.
+fn sparse(pages: u32) -> (World, PageId) {
+    let mut world = World::new(ours());
+    let mut all = vec![None; pages as usize];
+    for n in (0..10_000).step_by(1000) {
+        all[n] = Some(bytes(n as u64 / 5000));
+    }
+    let (_, first) = world.add(&all);
+    (world, first)
+}
+
+#[test]
+fn pass_over_sparse_pages_costs_by_those_that_are_there() {
+    let looked = |pages| {
+        let (mut world, first) = sparse(pages);
+        let mut costs = Vec::new();
+        // New pages, merging, at rest, and written again.
+        for scan in 0..6 {
+            if scan == 4 {
+                (0..10).for_each(|n| {
+                    world
+                        .toy
+                        .write(first.plus(n * 1000), bytes(100 + u64::from(n)))
+                });
+            }
+            let before = world.toy.observed;
+            world.scan();
+            costs.push(world.toy.observed - before);
+        }
+        assert_eq!(world.scanner.stats().pages_scanned, 40);
+        costs
+    };
+    let (short, long) = (looked(10_000), looked(100_000));
+    // A window over each page that is there, another that finds nothing, and as much for the sweep.
+    assert!(short.iter().all(|&cost| cost <= 10 * 3 * 512), "{short:?}");
+    assert_eq!(short, long);
+}
+
 #[test]
 fn region_of_sparse_pages_takes_memory_for_those_only() {
+    let grown = |pages| {
+        let (mut world, first) = sparse(pages);
+        let before = world.scanner.stats().metadata_bytes;
+        world.scans(2);
+        let grown = world.scanner.stats().metadata_bytes - before;
+        (0..10).for_each(|n| world.toy.discard(first.plus(n * 1000)));
+        world.scan();
+        let left = world.scanner.stats().metadata_bytes - before;
+        (grown, left)
+    };
+    let (short, long) = (grown(10_000), grown(100_000));
+    assert_eq!(short, long);
+    // Beside the directory of a GiB and the buffers of a batch, as much as in ksmd or little more.
+    assert!(short.0 < (16 << 10) + 10 * 256, "{short:?}");
+    assert!(short.1 + (8 << 10) < short.0, "{short:?}");
+}
+
+#[test]
+fn chunk_that_fills_up_keeps_every_record() {
     let mut world = World::new(ours());
-    let before = world.scanner.stats().metadata_bytes;
-    let mut pages = vec![None; 100_000];
-    (0..100_000)
-        .step_by(50_000)
-        .for_each(|n| pages[n] = Some(bytes(n as u64)));
-    let (_, first) = world.add(&pages);
-    world.scans(2);
-    let per_chunk = 512 * 24;
-    let grown = world.scanner.stats().metadata_bytes - before;
-    assert!(
-        (2 * per_chunk..5 * per_chunk).contains(&grown),
-        "{grown} bytes"
-    );
-    (0..100_000)
-        .step_by(50_000)
-        .for_each(|n| world.toy.discard(first.plus(n)));
-    world.scan();
-    let left = world.scanner.stats().metadata_bytes - before;
-    assert!(left < grown - per_chunk, "{left} bytes are left of {grown}");
+    let all: Vec<_> = (0..1024).map(|n| Some(bytes(n / 2))).collect();
+    let (_, first) = world.add(&all);
+    // Far from the order of pages, so that lists grow in the middle and turn into arrays.
+    (0..1024).for_each(|n| world.toy.discard(first.plus(n)));
+    for n in 0..1024_u32 {
+        let page = first.plus(n * 371 % 1024);
+        world.toy.write(page, bytes(u64::from(page.0 / 2)));
+        if n % 64 == 0 {
+            world.scan();
+        }
+    }
+    world.scans(3);
+    let stats = world.scanner.stats();
+    assert_eq!((stats.rmap_items, stats.pages_shared), (1024, 512));
 }

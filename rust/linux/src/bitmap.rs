@@ -1,29 +1,49 @@
 //! One bit for each page of a region.
 
-/// A fixed number of bits, all clear at first. Memory that was never set costs nothing physical:
-/// the words come zeroed from the kernel.
+/// Bits of one leaf.
+const LEAF: usize = 4096;
+const WORDS: usize = LEAF / 64;
+
+/// A fixed number of bits, all clear at first. They lie in leaves of 512 bytes, and a leaf in which no
+/// bit was ever set is not there: a region of 64 GiB without any costs 32 KiB of address space, which
+/// come zeroed from the kernel and are never written.
 #[derive(Debug, Default)]
 pub(crate) struct Bitmap {
-    words: Vec<u64>,
+    leaves: Vec<Option<Box<[u64; WORDS]>>>,
+    /// Leaves that are there.
+    there: usize,
 }
 
 impl Bitmap {
     pub(crate) fn new(bits: usize) -> Self {
         Self {
-            words: vec![0; bits.div_ceil(64)],
+            leaves: vec![None; bits.div_ceil(LEAF)],
+            there: 0,
         }
     }
 
     pub(crate) fn get(&self, bit: usize) -> bool {
-        self.words[bit / 64] >> (bit % 64) & 1 != 0
+        self.leaves[bit / LEAF]
+            .as_deref()
+            .is_some_and(|leaf| leaf[bit % LEAF / 64] >> (bit % 64) & 1 != 0)
     }
 
     pub(crate) fn set(&mut self, bit: usize, to: bool) {
+        let slot = &mut self.leaves[bit / LEAF];
+        if !to && slot.is_none() {
+            return;
+        }
+        let there = &mut self.there;
+        let leaf = slot.get_or_insert_with(|| {
+            *there += 1;
+            Box::new([0; WORDS])
+        });
         let mask = 1 << (bit % 64);
+        let word = &mut leaf[bit % LEAF / 64];
         if to {
-            self.words[bit / 64] |= mask;
+            *word |= mask;
         } else {
-            self.words[bit / 64] &= !mask;
+            *word &= !mask;
         }
     }
 
@@ -31,7 +51,14 @@ impl Bitmap {
     pub(crate) fn next(&self, value: bool, from: usize, end: usize) -> usize {
         let mut at = from;
         while at < end {
-            let word = self.words[at / 64];
+            let Some(leaf) = self.leaves[at / LEAF].as_deref() else {
+                if !value {
+                    return at;
+                }
+                at = (at / LEAF + 1) * LEAF;
+                continue;
+            };
+            let word = leaf[at % LEAF / 64];
             let seen = (if value { word } else { !word }) >> (at % 64);
             if seen != 0 {
                 return end.min(at + seen.trailing_zeros() as usize);
@@ -46,7 +73,7 @@ impl Bitmap {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.words.len() * 8
+        self.leaves.len() * size_of::<Option<Box<[u64; WORDS]>>>() + self.there * WORDS * 8
     }
 }
 
@@ -69,5 +96,20 @@ mod tests {
         map.set(60, false);
         assert!(!map.get(60) && map.get(61));
         assert!(map.any(0, 62) && !map.any(0, 61));
+    }
+    #[test]
+    fn leaves_that_were_never_set_read_as_clear() {
+        let mut map = Bitmap::new(20_000);
+        let empty = map.bytes();
+        map.set(9_000, false);
+        assert_eq!(map.bytes(), empty);
+        map.set(9_000, true);
+        assert!(map.get(9_000) && !map.get(100) && !map.get(19_999));
+        assert_eq!(map.next(true, 0, 20_000), 9_000);
+        assert_eq!(map.next(true, 9_001, 20_000), 20_000);
+        assert_eq!(map.next(true, 0, 8_000), 8_000);
+        assert_eq!(map.next(false, 9_000, 20_000), 9_001);
+        assert_eq!(map.next(false, 0, 20_000), 0);
+        assert_eq!(map.bytes(), empty + 512);
     }
 }

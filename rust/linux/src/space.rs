@@ -670,6 +670,35 @@ impl PageSpace for LinuxSpace {
         Ok(())
     }
 
+    fn next_present(&mut self, window: Window) -> Result<Option<PageId>, Error> {
+        if !self.has_scan {
+            // Entries are 8 bytes for each page, there or not.
+            return Ok(Some(window.first));
+        }
+        let page = self.page;
+        let Some(region) = self.region_mut(window.region) else {
+            return Ok(None);
+        };
+        if !region.attached {
+            return Ok(None);
+        }
+        let from = (window.first.0 - region.first.0) as usize;
+        let to = from + window.pages as usize;
+        // What a frame was mapped over counts as there, whether the kernel has a page or not.
+        let mapped = region.mapped.next(true, from, to);
+        let mut next = (mapped < to).then_some(mapped);
+        if mapped > from {
+            let live = region.live.part(from * page, (mapped - from) * page);
+            if let Some(first) = self.first_there(live.span())? {
+                next = Some(from + first);
+            }
+        }
+        Ok(next.map(|at| {
+            let offset = u32::try_from(at - from).expect("it is in the window");
+            window.first.plus(offset)
+        }))
+    }
+
     fn nids(&mut self, window: Window, into: &mut [Nid]) -> Result<(), Error> {
         into.fill(Nid(0));
         if let Some(region) = self.region_mut(window.region) {

@@ -1033,6 +1033,12 @@ impl PageSpace for SimSpace {
         Ok(())
     }
 
+    fn next_present(&mut self, window: Window) -> Result<Option<PageId>, SimError> {
+        self.fail(self.faults.look_error, "next_present")?;
+        let mut pages = (window.first.0..window.first.0 + window.pages).map(PageId);
+        Ok(pages.find(|page| self.state(*page, Look::Sweep) != PageState::Absent))
+    }
+
     fn nids(&mut self, window: Window, into: &mut [Nid]) -> Result<(), SimError> {
         self.assert_window(window, into.len());
         self.fail(self.faults.look_error, "nids")?;

@@ -331,6 +331,20 @@ impl PageSpace for Toy {
         Ok(())
     }
 
+    fn next_present(&mut self, window: Window) -> Result<Option<PageId>, Outage> {
+        self.call()?;
+        let end = window.first.0 + window.pages;
+        assert!(
+            window.pages > 0 && end as usize <= self.pages.len(),
+            "{window:?}"
+        );
+        let here = |n: &u32| {
+            let it = &self.pages[*n as usize];
+            it.hidden || it.shown != Shown::Nothing
+        };
+        Ok((window.first.0..end).find(here).map(PageId))
+    }
+
     fn nids(&mut self, window: Window, into: &mut [Nid]) -> Result<(), Outage> {
         self.call()?;
         for (page, nid) in (window.first.0..).zip(into) {

@@ -44,12 +44,30 @@ impl LinuxSpace {
                     region.categories(),
                 );
             }
+            if query.max_pages > 0 && got.regions > 0 {
+                break;
+            }
             rest = Span::between(
                 got.walk_end.max(rest.start + self.page).min(span.end()),
                 span.end(),
             );
         }
         Ok(())
+    }
+
+    /// The first page of `span` at which the kernel has anything. It goes by page tables, so empty
+    /// address space costs next to nothing.
+    pub(super) fn first_there(&mut self, span: Span) -> Result<Option<usize>, Error> {
+        let here = Categories::PRESENT.and(Categories::SWAPPED);
+        let query = Query {
+            max_pages: 1,
+            ..Query::look(here)
+        };
+        let mut first = None;
+        self.scan(span, &query, |at, _, _| {
+            first.get_or_insert(at);
+        })?;
+        Ok(first)
     }
 
     /// The same from each page's entry, for kernels before 6.7. A zero page is not marked there: it is
