@@ -69,6 +69,7 @@ impl Scanner {
         it.len += 1;
         it.mapped += 1;
         let first = it.len == 1;
+        self.stable.note(node);
         self.records.get_mut(page).enlist(node, next);
         if next != NIL {
             self.records.get_mut(PageId(next)).set_prev(page.0);
@@ -103,11 +104,12 @@ impl Scanner {
         let node = item.node();
         let it = self.stable.get_mut(node);
         it.mapped -= 1;
-        if it.mapped == 0 {
-            it.frame = false;
-            space.release(FrameId(node))?;
+        if it.mapped > 0 {
+            return Ok(());
         }
-        Ok(())
+        it.frame = false;
+        self.stable.note(node);
+        space.release(FrameId(node))
     }
 
     /// Like [`Scanner::part`], and tells memory, which does not know yet.
@@ -174,6 +176,7 @@ impl Scanner {
         }
         let was_full = !self.has_room(node);
         self.stable.get_mut(node).len -= 1;
+        self.stable.note(node);
         if self.stable.get(node).len > 0 {
             self.counters.sharing -= 1;
         } else {
@@ -214,6 +217,7 @@ impl Scanner {
         }
         let it = self.stable.get_mut(node);
         (it.head, it.len) = (NIL, 0);
+        self.stable.note(node);
     }
 
     /// Removes a stale node. Its sharers' records survive, in no structure.
@@ -246,6 +250,7 @@ impl Scanner {
                 .map(|(number, _)| number)
                 .collect()
         };
+        self.work.dups += self.stable.in_use().count() as u64;
         for node in stale(self, |role| role != Role::Chain) {
             self.remove_node(node);
         }

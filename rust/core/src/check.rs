@@ -8,7 +8,7 @@
 use crate::rbtree::{self, NIL};
 use crate::regions::{Life, RING};
 use crate::rmap::{ATTACHED, BROKEN, EXISTS, HASHED, RECHECK, UNSTABLE, ZERO};
-use crate::stable_tree::{Role, StableNode};
+use crate::stable_tree::{Noted, Role, StableNode};
 use crate::{Attempt, Content, FrameId, PageId, PageSpace, RegionId, Scanner, TreeOrder};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,6 +56,7 @@ pub fn all(scanner: &Scanner) -> Result<(), Broken> {
     scanner.regions.check()?;
     stable_trees(scanner)?;
     sharers(scanner)?;
+    notes(scanner)?;
     records(scanner)?;
     unstable_trees(scanner)?;
     counters(scanner)?;
@@ -330,6 +331,29 @@ fn sharers(scanner: &Scanner) -> Proof {
         "pages_sharing is {} of {sharing}",
         c.sharing
     );
+    Ok(())
+}
+
+/// S7.
+fn notes(scanner: &Scanner) -> Proof {
+    let nodes = &scanner.stable;
+    let mut noted = 0;
+    for (node, it) in nodes.in_use() {
+        let to_note = it.to_note(scanner.settings.max_page_sharing);
+        let right = it.noted == to_note && nodes.is_listed(node);
+        require!(right, "S7", "node {node} is not noted as {to_note:?}: {it:?}");
+        noted += usize::from(it.noted != Noted::Nothing);
+    }
+    let listed = nodes.notes();
+    require!(listed == noted, "S7", "{listed} notes about {noted} dups");
+    for (chain, _) in nodes.in_use().filter(|(_, it)| it.role == Role::Chain) {
+        let mut before = None;
+        for dup in frames_of(scanner, chain) {
+            let here = Some(nodes.get(dup).standing());
+            require!(before < here, "S7", "dup {dup} of chain {chain} is out of order");
+            before = here;
+        }
+    }
     Ok(())
 }
 
@@ -621,6 +645,7 @@ mod tests {
     #[test]
     fn check_of_spoilt_stable_trees_names_the_invariant() {
         use crate::rbtree::Links;
+        use crate::stable_tree::StableNodes;
         let stale_key = |s: &mut Scanner| {
             let (low, high) = {
                 let order = rbtree::check(&s.stable, s.trees[0].stable).expect("it is in order");
@@ -709,6 +734,23 @@ mod tests {
             "S6"
         );
         assert_eq!(broken(|s| s.stable.forget_vacancies()), "S6");
+        for other in 1..3 {
+            let spoil = |s: &mut Scanner| {
+                let node = dup(s);
+                let all = [Noted::Nothing, Noted::Room, Noted::Stale];
+                let it = s.stable.get_mut(node);
+                let at = all.iter().position(|noted| *noted == it.noted);
+                it.noted = all[(at.expect("one of them") + other) % 3];
+            };
+            assert_eq!(broken(spoil), "S7", "{other}");
+        }
+        for spoil in [StableNodes::forget_place, StableNodes::add_note] {
+            let spoil = |s: &mut Scanner| {
+                let node = dup(s);
+                spoil(&mut s.stable, node);
+            };
+            assert_eq!(broken(spoil), "S7");
+        }
         assert_eq!(broken(|s| s.stable.chains += 1), "C4");
         assert_eq!(broken(|s| s.stable.dups -= 1), "C4");
     }

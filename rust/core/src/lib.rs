@@ -56,5 +56,5 @@ pub use settings::{AdvisorMode, SettingError, Settings, TreeOrder};
 pub use space::{
     Attempt, Content, Digest, Look, PageSpace, PageState, Reason, Request, Window, Written,
 };
-pub use stats::{RegionStats, Stats};
+pub use stats::{RegionStats, Stats, Work};
 pub use trace::{Event, TraceSink};

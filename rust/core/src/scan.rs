@@ -993,6 +993,7 @@ impl Scanner {
         let Candidate {
             page, tree, hash, ..
         } = candidate;
+        self.work.decisions += 1;
 
         // A page of zeroes needs no frame.
         let zero = self.zero_hash == Some(hash);
@@ -1007,6 +1008,7 @@ impl Scanner {
             StableFound::Lost => return Ok(()),
             StableFound::Room { node, .. } => {
                 self.stable.get_mut(node).pending += 1;
+                self.stable.note(node);
                 let share = Request::Share {
                     page,
                     frame: FrameId(node),
@@ -1133,7 +1135,9 @@ impl Scanner {
         let was_full = !self.has_room(node);
         let it = self.stable.get_mut(node);
         it.pending -= 1;
-        if it.failed {
+        let failed = it.failed;
+        self.stable.note(node);
+        if failed {
             if sound {
                 self.batch.again.push(candidate);
             }
@@ -1163,6 +1167,7 @@ impl Scanner {
         self.trace_merge(None, page, region, promoted);
         let was_full = !self.has_room(node);
         self.stable.get_mut(node).pending -= 2;
+        self.stable.note(node);
         let waits = self.records.get(partner).is(UNSTABLE);
         if !promoted.is_done() {
             self.failed(page, promoted);
@@ -1254,6 +1259,7 @@ impl Scanner {
         );
         for &Made { node, .. } in &made {
             self.stable.get_mut(node).stand_in = NIL;
+            self.stable.note(node);
         }
         if !sound || done.is_err() {
             self.have_wait(made.iter().map(|it| it.node));

@@ -13,7 +13,7 @@ use crate::stable_tree::StableNodes;
 use crate::stats::{Counters, profit};
 use crate::{
     AdvisorMode, Attempt, Content, Event, PageId, PageSpace, Reason, RegionId, RegionStats,
-    SettingError, Settings, Stats, Tick, TraceSink, TreeOrder,
+    SettingError, Settings, Stats, Tick, TraceSink, TreeOrder, Work,
 };
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -151,6 +151,7 @@ pub struct Scanner {
     pub(crate) cursor: Cursor,
     pub(crate) batch: Batch,
     pub(crate) counters: Counters,
+    pub(crate) work: Work,
     /// Full scans completed (the kernel's `seqnr`).
     pub(crate) seq: u64,
     /// Whether a full scan has begun and not ended.
@@ -224,18 +225,19 @@ impl Scanner {
         }
         Ok(Self {
             pages_to_scan: settings.pages_to_scan,
+            stable: StableNodes::new(settings.max_page_sharing),
             settings,
             advisor: Advisor::default(),
             trace: None,
             run: RunMode::Stop,
             regions: Regions::new(),
             records: Records::default(),
-            stable: StableNodes::default(),
             trees: Vec::new(),
             tree_of: BTreeMap::new(),
             cursor: Cursor::default(),
             batch: Batch::default(),
             counters: Counters::default(),
+            work: Work::default(),
             seq: 0,
             in_scan: false,
             sweeping: None,
@@ -321,6 +323,11 @@ impl Scanner {
         if other_trees || limit_changes {
             self.purge_stable_trees(|_| true);
             self.drop_deserted_domains();
+        }
+        if limit_changes {
+            // Nothing is shared, so nothing is left of the trees.
+            self.stable
+                .set_max_page_sharing(self.settings.max_page_sharing);
         }
         Ok(())
     }
@@ -427,6 +434,11 @@ impl Scanner {
             skipped,
             regions: self.regions.count() as u64,
         }
+    }
+
+    /// What the algorithm itself has had to do so far.
+    pub fn work(&self) -> Work {
+        self.work
     }
 
     /// The counters of one region, while it is in the scan list.

@@ -20,12 +20,15 @@
 //! * S4. `len` is the number of sharers listed (of a chain: of dups), at least 1 but for chains;
 //!   `mapped` is how many of those are not known to have parted.
 //! * S5. A node has a frame exactly if `mapped` is not 0.
+//! * S7. Which dups have room, and which are stale, is known without looking at them, in chain order.
 //! * S6. Between two steps no node is tentative, and none is outside of the trees but those that *wait*:
 //!   frames made just before memory failed, whose places could not be found. The next step does that.
 //!
 //! # Cost
 //! A search compares O(log entries) pages in content order; in digest order only those whose hashes
-//! are equal. Pruning a chain visits its dups.
+//! are equal. Choosing a dup takes O(log dups), however many are full: with `max_page_sharing` 2 and a
+//! million equal pages a walk over them for each page would take minutes (ksmd walks). Only pruning
+//! visits all dups that have room.
 //!
 //! # Departures from ksmd
 //! Frames do not migrate, so there is no migrate list. No page belongs to a frame without being
@@ -35,7 +38,8 @@ use crate::rbtree::{self, Links, NIL, Place, Side};
 use crate::rmap::low32;
 use crate::scanner::Scanner;
 use crate::{Attempt, Content, FrameId, PageId, PageSpace, Reason, Tick, TreeOrder};
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BTreeMap;
 
 /// What a node is at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,12 +56,23 @@ pub(crate) enum Role {
     Dup,
 }
 
+/// What is noted of a dup in its chain's lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Noted {
+    /// Nothing: it is full, or no dup.
+    Nothing,
+    /// It may take one more sharer.
+    Room,
+    /// Its frame has no page left.
+    Stale,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StableNode {
     /// The hash of its bytes: the key in digest order.
     pub(crate) hash: u64,
-    /// When a chain was last pruned.
-    pub(crate) prune_time: Tick,
+    /// Of a chain: when it was last pruned. Of a dup: the number of its push, which tells its place.
+    stamp: u64,
     /// Left, right and parent in a tree; or next dup, previous dup and chain.
     links: [u32; 3],
     /// The first sharer, or the first dup of a chain.
@@ -73,6 +88,7 @@ pub(crate) struct StableNode {
     /// Which tree it belongs to.
     pub(crate) tree: u32,
     pub(crate) role: Role,
+    pub(crate) noted: Noted,
     red: bool,
     /// Whether the frame exists.
     pub(crate) frame: bool,
@@ -85,7 +101,7 @@ pub(crate) struct StableNode {
 impl StableNode {
     const FREE: Self = Self {
         hash: 0,
-        prune_time: Tick(0),
+        stamp: 0,
         links: [NIL; 3],
         head: NIL,
         len: 0,
@@ -94,6 +110,7 @@ impl StableNode {
         stand_in: NIL,
         tree: 0,
         role: Role::Free,
+        noted: Noted::Nothing,
         red: false,
         frame: false,
         failed: false,
@@ -114,6 +131,30 @@ impl StableNode {
         self.len + self.pending
     }
 
+    /// Whether it may take one more.
+    fn has_room(&self, max: u32) -> bool {
+        let sharers = self.sharers();
+        sharers > 0 && sharers < max
+    }
+
+    /// What there is to note of it, by rule.
+    pub(crate) fn to_note(&self, max: u32) -> Noted {
+        if self.role != Role::Dup {
+            Noted::Nothing
+        } else if self.is_stale() {
+            Noted::Stale
+        } else if self.has_room(max) {
+            Noted::Room
+        } else {
+            Noted::Nothing
+        }
+    }
+
+    /// Where a dup stands: its chain, and its place from the head on (the last pushed is the first).
+    pub(crate) fn standing(&self) -> Standing {
+        (self.chain(), Reverse(self.stamp))
+    }
+
     pub(crate) fn next_dup(&self) -> u32 {
         self.links[0]
     }
@@ -127,6 +168,14 @@ impl StableNode {
     }
 }
 
+/// A dup's chain and place, in the order of places.
+pub(crate) type Standing = (u32, Reverse<u64>);
+
+/// Before the first place of a chain, and behind its last.
+const fn places_of(chain: u32) -> (Standing, Standing) {
+    ((chain, Reverse(u64::MAX)), (chain, Reverse(0)))
+}
+
 /// Where a new node goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Spot {
@@ -137,10 +186,17 @@ pub(crate) enum Spot {
 }
 
 /// The nodes of all trees.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct StableNodes {
     nodes: Vec<StableNode>,
     vacant: Vec<u32>,
+    /// Dups that may take one more sharer, and dups whose frames have no page left.
+    roomy: BTreeMap<Standing, u32>,
+    stale: BTreeMap<Standing, u32>,
+    /// `max_page_sharing`.
+    max: u32,
+    /// Dups pushed so far.
+    pushed: u64,
     /// Chains, emptied ones included.
     pub(crate) chains: u64,
     /// Nodes that are in a chain.
@@ -148,6 +204,89 @@ pub(crate) struct StableNodes {
 }
 
 impl StableNodes {
+    pub(crate) fn new(max_page_sharing: u32) -> Self {
+        Self {
+            nodes: Vec::new(),
+            vacant: Vec::new(),
+            roomy: BTreeMap::new(),
+            stale: BTreeMap::new(),
+            max: max_page_sharing,
+            pushed: 0,
+            chains: 0,
+            dups: 0,
+        }
+    }
+
+    /// Takes a new limit, while no node is in use.
+    pub(crate) fn set_max_page_sharing(&mut self, max: u32) {
+        debug_assert_eq!(self.nodes.len(), self.vacant.len(), "nodes are in use");
+        self.max = max;
+    }
+
+    /// Whether a node may take one more sharer.
+    pub(crate) fn has_room(&self, node: u32) -> bool {
+        self.get(node).has_room(self.max)
+    }
+
+    /// Brings the notes about a node up to date. To be called after each change of what they are about.
+    pub(crate) fn note(&mut self, node: u32) {
+        let it = self.get(node);
+        let (before, now, standing) = (it.noted, it.to_note(self.max), it.standing());
+        if before == now {
+            return;
+        }
+        if let Some(list) = self.noted(before) {
+            list.remove(&standing);
+        }
+        if let Some(list) = self.noted(now) {
+            list.insert(standing, node);
+        }
+        self.get_mut(node).noted = now;
+    }
+
+    fn noted(&mut self, as_what: Noted) -> Option<&mut BTreeMap<Standing, u32>> {
+        match as_what {
+            Noted::Nothing => None,
+            Noted::Room => Some(&mut self.roomy),
+            Noted::Stale => Some(&mut self.stale),
+        }
+    }
+
+    /// The first dup of a chain that has room.
+    fn first_with_room(&self, chain: u32) -> Option<u32> {
+        let (first, last) = places_of(chain);
+        self.roomy.range(first..=last).next().map(|(_, &dup)| dup)
+    }
+
+    /// All of them, in chain order.
+    fn with_room(&self, chain: u32) -> impl Iterator<Item = u32> {
+        let (first, last) = places_of(chain);
+        self.roomy.range(first..=last).map(|(_, &dup)| dup)
+    }
+
+    /// The first dup of a chain that is stale; with `before`, only if it stands before that one.
+    fn first_stale(&self, chain: u32, before: Option<u32>) -> Option<u32> {
+        let (first, last) = places_of(chain);
+        let last = before.map_or(last, |dup| self.get(dup).standing());
+        self.stale.range(first..=last).next().map(|(_, &dup)| dup)
+    }
+
+    /// How many dups are noted.
+    pub(crate) fn notes(&self) -> usize {
+        self.roomy.len() + self.stale.len()
+    }
+
+    /// Whether a dup is listed as what is noted of it.
+    pub(crate) fn is_listed(&self, node: u32) -> bool {
+        let it = self.get(node);
+        let list = match it.noted {
+            Noted::Nothing => return true,
+            Noted::Room => &self.roomy,
+            Noted::Stale => &self.stale,
+        };
+        list.get(&it.standing()) == Some(&node)
+    }
+
     pub(crate) fn get(&self, node: u32) -> &StableNode {
         &self.nodes[node as usize]
     }
@@ -225,7 +364,7 @@ impl StableNodes {
     fn make_chain(&mut self, root: &mut u32, plain: u32, now: Tick) -> u32 {
         let &StableNode { tree, hash, .. } = self.get(plain);
         let chain = self.new_node(tree, hash, Role::Chain);
-        self.get_mut(chain).prune_time = now;
+        self.get_mut(chain).stamp = now.0;
         rbtree::replace(self, root, plain, chain);
         self.chains += 1;
         self.push_dup(chain, plain);
@@ -234,7 +373,10 @@ impl StableNodes {
 
     fn push_dup(&mut self, chain: u32, node: u32) {
         let head = self.get(chain).head;
+        self.pushed += 1;
+        let pushed = self.pushed;
         let it = self.get_mut(node);
+        it.stamp = pushed;
         it.role = Role::Dup;
         it.links = [head, NIL, chain];
         if head != NIL {
@@ -244,6 +386,7 @@ impl StableNodes {
         chain.head = node;
         chain.len += 1;
         self.dups += 1;
+        self.note(node);
     }
 
     fn take_dup(&mut self, node: u32) {
@@ -259,6 +402,7 @@ impl StableNodes {
         self.get_mut(chain).len -= 1;
         self.get_mut(node).role = Role::Loose;
         self.dups -= 1;
+        self.note(node);
     }
 
     /// Takes a node out of its tree or chain. A chain that has lost its last dup stays.
@@ -299,6 +443,19 @@ impl StableNodes {
             .filter(|(_, node)| node.role != Role::Free)
     }
 
+    /// Puts a dup out of its place, for the tests of `check`.
+    #[cfg(test)]
+    pub(crate) fn forget_place(&mut self, dup: u32) {
+        let head = self.get(self.get(dup).chain()).head;
+        self.get_mut(head).stamp = 0;
+    }
+
+    /// Lists what there is no more, for the tests of `check`.
+    #[cfg(test)]
+    pub(crate) fn add_note(&mut self, dup: u32) {
+        self.stale.insert((u32::MAX, Reverse(0)), dup);
+    }
+
     /// Loses numbers, for the tests of `check`.
     #[cfg(test)]
     pub(crate) fn forget_vacancies(&mut self) {
@@ -306,7 +463,10 @@ impl StableNodes {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<StableNode>() + self.vacant.capacity() * size_of::<u32>()
+        // Tree maps keep their entries in nodes that are at least about half full.
+        self.nodes.capacity() * size_of::<StableNode>()
+            + self.vacant.capacity() * size_of::<u32>()
+            + self.notes() * 2 * size_of::<(Standing, u32)>()
     }
 
     /// Numbers not in use, and how many numbers there are.
@@ -366,8 +526,7 @@ pub(crate) enum StableFound {
 impl Scanner {
     /// Whether a node may take one more sharer.
     pub(crate) fn has_room(&self, node: u32) -> bool {
-        let sharers = self.stable.get(node).sharers();
-        sharers > 0 && sharers < self.settings.max_page_sharing
+        self.stable.has_room(node)
     }
 
     /// Has candidates with the bytes of a node examined again, because it has got room.
@@ -388,26 +547,26 @@ impl Scanner {
         }
 
         let interval = u64::from(self.settings.stable_node_chains_prune_millisecs);
-        let due = self.stable.get(entry).prune_time.0.saturating_add(interval);
+        let due = self.stable.get(entry).stamp.saturating_add(interval);
         let prune = may_prune && self.now.0 >= due;
         if prune {
-            self.stable.get_mut(entry).prune_time = self.now;
+            self.stable.get_mut(entry).stamp = self.now.0;
         }
-        let mut best = NIL;
-        let mut at = self.stable.get(entry).head;
-        while at != NIL {
-            let dup = at;
-            at = self.stable.get(dup).next_dup();
-            if self.stable.get(dup).is_stale() {
-                self.remove_node(dup);
-                continue;
-            }
-            let more = |a: u32, b: u32| self.stable.get(a).sharers() > self.stable.get(b).sharers();
-            if best == NIL || (self.has_room(dup) && (!self.has_room(best) || more(dup, best))) {
-                best = dup;
-            }
-            if !prune && self.has_room(best) {
-                break;
+        // A walk from the head would end at the first dup with room, unless it prunes; and would remove
+        // the stale ones that it passes. The lists tell all that without a walk.
+        let first = self.stable.first_with_room(entry);
+        while let Some(dup) = self.stable.first_stale(entry, first.filter(|_| !prune)) {
+            self.work.dups += 1;
+            self.remove_node(dup);
+        }
+        let mut best = first.unwrap_or(self.stable.get(entry).head);
+        if prune {
+            let sharers = |dup: u32| self.stable.get(dup).sharers();
+            for dup in self.stable.with_room(entry) {
+                self.work.dups += 1;
+                if sharers(dup) > sharers(best) {
+                    best = dup;
+                }
             }
         }
 
@@ -446,6 +605,7 @@ impl Scanner {
             let mut tied = false;
             let mut at = self.trees[tree as usize].stable;
             while at != NIL {
+                self.work.tree_nodes += 1;
                 let Some((top, node)) = self.pick(at, may_prune) else {
                     continue 'from_the_root;
                 };

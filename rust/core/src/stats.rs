@@ -69,6 +69,19 @@ pub struct RegionStats {
     pub ksm_mergeable: bool,
 }
 
+/// What the algorithm itself has had to do, ever: the part of a pass's cost that memory's own counters
+/// do not show. Tests prove by it that no content makes a pass endless.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Times that it was decided what becomes of a page: once each time it is examined, and once more
+    /// for each plan for it that came to nothing.
+    pub decisions: u64,
+    /// Nodes of trees passed in searches.
+    pub tree_nodes: u64,
+    /// Nodes of chains looked at in choosing one, and nodes looked at for being stale.
+    pub dups: u64,
+}
+
 /// The counters that are kept rather than computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counters {

@@ -60,6 +60,7 @@ impl Scanner {
         let mut at = self.trees[tree as usize].unstable;
         while at != NIL {
             let other = PageId(at);
+            self.work.tree_nodes += 1;
             if self.lingering > 0
                 && self.regions.get(self.regions.of(other)).life != Life::Registered
             {
@@ -118,6 +119,7 @@ impl Scanner {
         }
         let mut at = self.trees[tree as usize].unstable;
         while at != NIL {
+            self.work.tree_nodes += 1;
             at = match hash.cmp(&self.records.get(PageId(at)).hash) {
                 Ordering::Less => self.records.child(at, Side::Left),
                 Ordering::Greater => self.records.child(at, Side::Right),
