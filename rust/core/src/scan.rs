@@ -14,6 +14,10 @@
 //! that cannot be merged does not hold up its twins; and since each round leaves out at least one page,
 //! or one attempt with the zero page, for good, the rounds end.
 //!
+//! There may be many rounds: with 500 pinned pages of equal bytes, one for each. So once a promotion has
+//! failed, the twins wait for the outcome of the next one instead of planning to join it, and are neither
+//! compared nor asked for again in vain: a page costs one decision, whatever fails around it.
+//!
 //! # What is calm
 //! By the kernel's rule a page is calm when its hash is that of the last look. Where memory knows
 //! what was written, a page not written is calm, and one written is volatile without being hashed. If
@@ -54,6 +58,7 @@ use crate::{
     AdvisorMode, Attempt, Clock, Content, Digest, Event, FrameId, Look, Nid, PageId, PageSpace,
     PageState, Reason, RegionId, Request, TreeOrder, Window, Written,
 };
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Pages in one window, and in one batch.
@@ -186,6 +191,10 @@ pub(crate) struct Batch {
     gave_room: bool,
     made: Vec<Made>,
     failed: Vec<u32>,
+    /// Trees and hashes of which the last promotion in this batch has failed.
+    failing: BTreeSet<(u32, u64)>,
+    /// Those of them of which another is planned in this round.
+    trying: BTreeSet<(u32, u64)>,
     frames: Vec<FrameId>,
     states: Vec<PageState>,
 }
@@ -895,6 +904,7 @@ impl Scanner {
         }
         candidates.clear();
         self.batch.candidates = candidates;
+        self.batch.failing.clear();
         done
     }
 
@@ -960,6 +970,7 @@ impl Scanner {
         self.batch.plans.clear();
         self.batch.requests.clear();
         self.batch.turned_away.clear();
+        self.batch.trying.clear();
         self.batch.gave_room = false;
         let mut done = Ok(());
         for candidate in candidates.drain(..) {
@@ -993,6 +1004,10 @@ impl Scanner {
         let Candidate {
             page, tree, hash, ..
         } = candidate;
+        if self.batch.trying.contains(&(tree, hash)) {
+            self.batch.again.push(candidate);
+            return Ok(());
+        }
         self.work.decisions += 1;
 
         // A page of zeroes needs no frame.
@@ -1037,6 +1052,9 @@ impl Scanner {
             self.link_node(node, spot);
             self.stable.get_mut(node).doubtful = tied;
             self.leave_unstable(partner);
+        }
+        if self.batch.failing.contains(&(tree, hash)) {
+            self.batch.trying.insert((tree, hash));
         }
         let frame = FrameId(node);
         self.plan(
@@ -1163,7 +1181,13 @@ impl Scanner {
         promoted: Attempt<()>,
         shared: Attempt<()>,
     ) -> bool {
-        let Candidate { page, region, .. } = candidate;
+        let Candidate {
+            page,
+            region,
+            tree,
+            hash,
+            ..
+        } = candidate;
         self.trace_merge(None, page, region, promoted);
         let was_full = !self.has_room(node);
         self.stable.get_mut(node).pending -= 2;
@@ -1175,10 +1199,12 @@ impl Scanner {
             self.unlink_tentative(node);
             self.stable.get_mut(node).failed = true;
             self.batch.failed.push(node);
+            self.batch.failing.insert((tree, hash));
             return !waits;
         }
 
         self.stable.get_mut(node).frame = true;
+        self.batch.failing.remove(&(tree, hash));
         let mm = self.regions.of(partner);
         self.trace_merge(Some(node), partner, mm, shared);
         let mut back = None;
