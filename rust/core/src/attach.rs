@@ -16,7 +16,7 @@ use crate::rmap::{
     ATTACHED, BROKEN, COUNTED_EVEN, COUNTED_ODD, EXISTS, HASHED, RECHECK, UNSTABLE, ZERO,
 };
 use crate::scanner::Scanner;
-use crate::stable_tree::Role;
+use crate::stable_tree::{Role, StableNode};
 use crate::{Event, FrameId, PageId, PageSpace, PageState, Reason};
 
 impl Scanner {
@@ -235,29 +235,40 @@ impl Scanner {
     }
 
     /// Removes stale nodes and empty chains wherever they are.
-    pub(crate) fn purge_stable_trees(&mut self, within: impl Fn(u32) -> bool) {
-        let stale = |s: &Self, role: fn(Role) -> bool| -> Vec<u32> {
-            s.stable
-                .in_use()
-                .filter(|(_, n)| role(n.role) && within(n.tree))
-                .filter(|(_, n)| {
-                    if n.role == Role::Chain {
-                        n.len == 0
-                    } else {
-                        n.is_stale()
-                    }
-                })
-                .map(|(number, _)| number)
-                .collect()
-        };
-        self.work.dups += self.stable.in_use().count() as u64;
-        for node in stale(self, |role| role != Role::Chain) {
-            self.remove_node(node);
+    pub(crate) fn purge_stable_trees(&mut self) {
+        let nodes = self.stable.in_use().map(|(node, _)| node).collect();
+        self.purge(nodes);
+    }
+
+    /// Removes those of one tree, without looking at any other.
+    pub(crate) fn purge_stable_tree(&mut self, tree: u32) {
+        let waiting = self.waiting.iter().copied();
+        let mut nodes: Vec<u32> = waiting
+            .filter(|&node| self.stable.get(node).tree == tree)
+            .collect();
+        self.stable
+            .for_each_below(self.trees[tree as usize].stable, |node| nodes.push(node));
+        nodes.sort_unstable();
+        self.purge(nodes);
+    }
+
+    /// Removes those of `nodes`, in this order, that are stale, then those that are empty chains.
+    fn purge(&mut self, nodes: Vec<u32>) {
+        self.work.dups += nodes.len() as u64;
+        let (chains, others): (Vec<u32>, Vec<u32>) = nodes
+            .into_iter()
+            .partition(|&node| self.stable.get(node).role == Role::Chain);
+        for node in others {
+            if self.stable.get(node).is_stale() {
+                self.remove_node(node);
+            }
         }
-        for chain in stale(self, |role| role == Role::Chain) {
-            let tree = self.stable.get(chain).tree as usize;
-            self.stable
-                .remove_chain(&mut self.trees[tree].stable, chain);
+        for chain in chains {
+            let &StableNode { tree, len, .. } = self.stable.get(chain);
+            if len == 0 {
+                self.stable
+                    .remove_chain(&mut self.trees[tree as usize].stable, chain);
+            }
         }
     }
 

@@ -78,6 +78,7 @@ pub(crate) struct Regions {
     free: BTreeMap<u32, u32>,
     end: u32,
     domains: Vec<Option<Domain>>,
+    vacant_domains: Vec<u32>,
     domain_by_name: BTreeMap<String, u32>,
 }
 
@@ -92,6 +93,7 @@ impl Regions {
             free: BTreeMap::new(),
             end: 0,
             domains: Vec::new(),
+            vacant_domains: Vec::new(),
             domain_by_name: BTreeMap::new(),
         }
     }
@@ -291,14 +293,11 @@ impl Regions {
             name: name.to_owned(),
             regions: 1,
         });
-        let slot = if let Some(vacant) = self.domains.iter().position(Option::is_none) {
-            self.domains[vacant] = new;
-            vacant
-        } else {
-            self.domains.push(new);
-            self.domains.len() - 1
-        };
-        let slot = crate::rmap::low32(slot);
+        let slot = self.vacant_domains.pop().unwrap_or_else(|| {
+            self.domains.push(None);
+            crate::rmap::low32(self.domains.len() - 1)
+        });
+        self.domains[slot as usize] = new;
         self.domain_by_name.insert(name.to_owned(), slot);
         slot
     }
@@ -316,6 +315,7 @@ impl Regions {
         if let Some(gone) = self.domains[domain as usize].take() {
             debug_assert_eq!(gone.regions, 0, "domain {} is in use", gone.name);
             self.domain_by_name.remove(&gone.name);
+            self.vacant_domains.push(domain);
         }
     }
 
@@ -411,9 +411,13 @@ impl Regions {
     pub(crate) fn bytes(&self) -> usize {
         // Tree maps keep their entries in nodes that are at least about half full.
         let entry = 2 * size_of::<(u32, u32)>();
+        let names: usize = self.domain_by_name.keys().map(String::len).sum();
         self.slots.capacity() * size_of::<Option<Region>>()
+            + (self.vacant.capacity() + self.vacant_domains.capacity()) * size_of::<u32>()
             + (self.by_page.len() + self.free.len()) * entry
             + self.domains.capacity() * size_of::<Option<Domain>>()
+            + self.domain_by_name.len() * 2 * size_of::<(String, u32)>()
+            + 2 * names
     }
 }
 

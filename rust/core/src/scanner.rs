@@ -321,7 +321,7 @@ impl Scanner {
         }
         let limit_changes = old.max_page_sharing != new.max_page_sharing;
         if other_trees || limit_changes {
-            self.purge_stable_trees(|_| true);
+            self.purge_stable_trees();
             self.drop_deserted_domains();
         }
         if limit_changes {

@@ -340,6 +340,10 @@ impl StableNodes {
         );
         *self.get_mut(node) = StableNode::FREE;
         self.vacant.push(node);
+        if self.vacant.len() == self.nodes.len() {
+            // After everything has been un-merged, what it took is given back.
+            (self.nodes, self.vacant) = (Vec::new(), Vec::new());
+        }
     }
 
     /// Hangs a loose node in at a spot that a search has just found.
@@ -434,6 +438,25 @@ impl StableNodes {
         self.chains -= 1;
         self.free(chain);
         only
+    }
+
+    /// Calls `with` for each node of the tree below `root`, the dups of its chains included.
+    pub(crate) fn for_each_below(&self, root: u32, mut with: impl FnMut(u32)) {
+        let mut above = vec![root];
+        while let Some(node) = above.pop() {
+            if node == NIL {
+                continue;
+            }
+            with(node);
+            above.extend([Side::Left, Side::Right].map(|side| self.child(node, side)));
+            if self.get(node).role == Role::Chain {
+                let mut dup = self.get(node).head;
+                while dup != NIL {
+                    with(dup);
+                    dup = self.get(dup).next_dup();
+                }
+            }
+        }
     }
 
     /// All nodes in use, by number.

@@ -188,7 +188,7 @@ impl Scanner {
                 self.drop_region(region);
             }
         }
-        self.purge_stable_trees(|_| true);
+        self.purge_stable_trees();
         self.drop_deserted_domains();
         if let Some(reason) = kept.reason {
             return Err(UnmergeError::Refused {
@@ -378,7 +378,9 @@ impl Scanner {
             .map(|(_, &tree)| tree)
             .collect();
         if !self.settings.lagging_records {
-            self.purge_stable_trees(|tree| of_domain.contains(&tree));
+            for &tree in &of_domain {
+                self.purge_stable_tree(tree);
+            }
         }
         let empty = |&tree: &u32| self.trees[tree as usize].stable == crate::rbtree::NIL;
         if of_domain.iter().all(empty) {
