@@ -10,6 +10,7 @@
 //! * C3. `rmap_items` is the number of records that exist, in all and for each region; likewise
 //!   `ksm_zero_pages` and `ksm_merging_pages`.
 //! * C4. `stable_node_chains` and `stable_node_dups` are the numbers of chains and of nodes in chains.
+//! * C5. With [`zero_only`](crate::Settings::zero_only) no frame has sharers and no page is a candidate.
 
 use crate::rbtree::NIL;
 use crate::rmap::{

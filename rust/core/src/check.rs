@@ -486,6 +486,13 @@ fn counters(scanner: &Scanner) -> Proof {
         c.unshared
     );
     require!(
+        !scanner.settings.zero_only || (c.shared, c.unshared) == (0, 0),
+        "C5",
+        "zero_only, and {} frames are shared, {} pages are candidates",
+        c.shared,
+        c.unshared
+    );
+    require!(
         c.items == items,
         "C3",
         "rmap_items is {} of {items}",
@@ -895,6 +902,7 @@ mod tests {
     #[test]
     fn check_of_spoilt_counters_names_the_invariant() {
         assert_eq!(broken(|s| s.counters.unshared += 1), "C2");
+        assert_eq!(broken(|s| s.settings.zero_only = true), "C5");
         assert_eq!(broken(|s| s.counters.items += 1), "C3");
         assert_eq!(broken(|s| s.counters.zero += 1), "C3");
         for spoil in [

@@ -70,6 +70,9 @@ const LOOK_PRICE: u32 = 64;
 /// What a candidate is that can be passed over while nobody writes to it.
 const SETTLED: u16 = EXISTS | UNSTABLE | HASHED;
 
+/// The same for a page that is not zero where only zero pages are merged: no candidate.
+const NOT_ZERO: u16 = EXISTS | HASHED;
+
 /// `EFAULT`, as trace events show a failed merge.
 const FAILED: i32 = -14;
 
@@ -666,13 +669,23 @@ impl Scanner {
         self.zero_hash.filter(|_| self.settings.use_zero_pages)
     }
 
+    /// What the record of a page says that has been examined, and has nothing to gain while nobody
+    /// writes to it.
+    fn settled(&self) -> u16 {
+        if self.settings.zero_only {
+            NOT_ZERO
+        } else {
+            SETTLED
+        }
+    }
+
     /// Advances over pages at the cursor for which nothing has changed.
     fn pass_over_settled(&mut self) {
         while self.pass_over_some() > 0 {}
     }
 
     fn pass_over_some(&mut self) -> usize {
-        let keeps = self.settings.keeps_unstable();
+        let (keeps, settled) = (self.settings.keeps_unstable(), self.settled());
         let never = self.never_settled();
         let (at, rest) = self.cursor.rest();
         if rest.is_empty() {
@@ -686,7 +699,7 @@ impl Scanner {
                     PageState::Resident(Written::No) => {
                         let none = RECHECK | COUNTED_EVEN | COUNTED_ODD;
                         keeps
-                            && item.only(SETTLED | none) == SETTLED
+                            && item.only(SETTLED | none) == settled
                             && never.is_none_or(|hash| hash != item.hash)
                     }
                     PageState::Merged => {
@@ -757,7 +770,7 @@ impl Scanner {
             _ if !self.settings.write_tracking => Written::Unknown,
             Written::No
                 if self.settings.keeps_unstable()
-                    && item.only(SETTLED | RECHECK) == SETTLED
+                    && item.only(SETTLED | RECHECK) == self.settled()
                     && self.never_settled() != Some(item.hash) =>
             {
                 return Ok(None);
@@ -1014,6 +1027,10 @@ impl Scanner {
         let zero = self.zero_hash == Some(hash);
         if self.settings.use_zero_pages && zero && !candidate.zero_tried {
             self.plan(candidate, Plan::Zero, &[Request::Zero { page }]);
+            return Ok(());
+        }
+
+        if self.settings.zero_only {
             return Ok(());
         }
 

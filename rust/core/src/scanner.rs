@@ -297,8 +297,12 @@ impl Scanner {
         self.may_change(&new)?;
         let other_trees = self.settings.merge_across_nodes != new.merge_across_nodes
             || self.settings.tree_order != new.tree_order;
-        if other_trees || self.settings.write_tracking != new.write_tracking {
-            // By the old ways, before the new ones hold.
+        if other_trees
+            || self.settings.write_tracking != new.write_tracking
+            || self.settings.zero_only != new.zero_only
+        {
+            // By the old ways, before the new ones hold. (With `zero_only` memory need not tell contents
+            // apart, so no hash from then is believed.)
             self.absorb_window();
             self.disband_unstable_trees();
         }
@@ -353,6 +357,8 @@ impl Scanner {
                 "merge_across_nodes",
                 new.merge_across_nodes != old.merge_across_nodes,
             ),
+            // Who asks for it relies on it: what is shared would stay so, and tell.
+            ("zero_only", new.zero_only && !old.zero_only),
         ] {
             if changes && shared != 0 {
                 return busy(

@@ -33,7 +33,7 @@ pub enum AdvisorMode {
     ScanTime,
 }
 
-/// The tunables. Fields carry the names of `/sys/kernel/mm/ksm/`; the last three are our own.
+/// The tunables. Fields carry the names of `/sys/kernel/mm/ksm/`; the last four are our own.
 ///
 /// ```
 /// use pagemerge_core::Settings;
@@ -76,6 +76,10 @@ pub struct Settings {
     /// Whether records outlive what they describe until the next pass comes by, as the kernel's do:
     /// those of zero-merged pages and of unregistered regions. For comparison with the kernel.
     pub lagging_records: bool,
+    /// Whether pages of zeroes, and no others, are merged. Then no page ever shares memory with one
+    /// that somebody else fills, and what others hold cannot be learned from what has been merged.
+    /// Needs `use_zero_pages`, and can be switched on only while no frame is in use.
+    pub zero_only: bool,
 }
 
 impl Default for Settings {
@@ -113,6 +117,7 @@ impl Settings {
             tree_order: TreeOrder::Content,
             write_tracking: false,
             lagging_records: true,
+            zero_only: false,
         }
     }
 
@@ -140,6 +145,13 @@ impl Settings {
                 name: "advisor_target_scan_time",
                 value: self.advisor_target_scan_time.to_string(),
                 need: "be at least 1".into(),
+            });
+        }
+        if self.zero_only && !self.use_zero_pages {
+            return Err(SettingError::Invalid {
+                name: "zero_only",
+                value: "on".into(),
+                need: "be off while use_zero_pages is off".into(),
             });
         }
         Ok(())

@@ -124,6 +124,39 @@ impl Scanner {
         Ok(())
     }
 
+    /// Sets pages aside: those that are merged get their own copies back, and all of them leave the
+    /// trees at once, so that nothing is merged with them. From then on memory reports them as
+    /// [`PageState::Ineligible`].
+    ///
+    /// # Errors
+    /// When pages could not be un-merged (they stay merged), or when memory fails as a whole; then none
+    /// must be taken as set aside.
+    pub fn set_aside<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        first: PageId,
+        pages: u32,
+    ) -> Result<(), UnmergeError<S::Error>> {
+        self.page_size = space.page_size();
+        self.absorb_window();
+        let end = first.0.saturating_add(pages).min(self.regions.page_end());
+        let kept = self
+            .unshare_pages(space, first.0, end)
+            .map_err(UnmergeError::Space)?;
+        if let Some(reason) = kept.reason {
+            return Err(UnmergeError::Refused {
+                pages: kept.pages,
+                reason,
+            });
+        }
+        let mut from = first.0;
+        while let Some(page) = self.records.find(from, end, EXISTS) {
+            self.drop_item(page);
+            from = page.0 + 1;
+        }
+        Ok(())
+    }
+
     /// Takes note that the owner has just discarded these pages (`MADV_DONTNEED`). With
     /// [`lagging_records`](crate::Settings::lagging_records) their records wait for the next pass.
     ///
@@ -252,7 +285,16 @@ impl Scanner {
             self.absorb_window();
         }
         let &Region { first, .. } = self.regions.get(region);
-        let end = self.regions.get(region).end();
+        self.unshare_pages(space, first, self.regions.get(region).end())
+    }
+
+    /// Does so for the pages from `first` to before `end`.
+    fn unshare_pages<S: PageSpace>(
+        &mut self,
+        space: &mut S,
+        first: u32,
+        end: u32,
+    ) -> Result<Kept, S::Error> {
         let mut kept = Kept::default();
         let mut requests = Vec::with_capacity(CHUNK);
         let mut from = first;

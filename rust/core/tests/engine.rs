@@ -781,3 +781,185 @@ fn chunk_that_fills_up_keeps_every_record() {
     let stats = world.scanner.stats();
     assert_eq!((stats.rmap_items, stats.pages_shared), (1024, 512));
 }
+
+/// Goal: with `zero_only` pages of zeroes go to the zero page and nothing else ever shares, in all ways
+/// of the scan; pages that are not zero are read once, and again when they have been written.
+#[test]
+fn zero_only_merges_zero_pages_and_nothing_else() {
+    for settings in [ours(), plain(), Settings::kernel_defaults()] {
+        let mut world = World::new(Settings {
+            use_zero_pages: true,
+            zero_only: true,
+            ..settings.clone()
+        });
+        world.same(1, 6);
+        world.add(&[Some(ZERO), Some(bytes(1)), Some(ZERO), None]);
+        world.scans(6);
+        let [shared, sharing, unshared, .., zero, _] = world.row();
+        assert_eq!(
+            [shared, sharing, unshared, zero],
+            [0, 0, 0, 2],
+            "{settings:?}"
+        );
+        let volatile = world.scanner.stats().pages_volatile;
+        let kept = 2 * u64::from(settings.lagging_records);
+        assert!(
+            (7..=7 + kept).contains(&volatile),
+            "{volatile} {settings:?}"
+        );
+        let asked_for_frames = world.toy.requests.iter().any(|request| {
+            matches!(
+                request,
+                pagemerge_core::Request::Promote { .. } | pagemerge_core::Request::Share { .. }
+            )
+        });
+        assert!(!asked_for_frames, "{:?}", world.toy.requests);
+        world.check();
+        if settings.tree_order == TreeOrder::Digest {
+            let (hashed, scanned) = (world.toy.hashed, world.scanner.stats().pages_scanned);
+            world.scans(3);
+            assert_eq!(
+                (world.toy.hashed, world.scanner.stats().pages_scanned),
+                (hashed, scanned),
+                "pages that are not zero and not written are neither read nor examined again"
+            );
+        }
+        world.toy.write(PageId(0), ZERO);
+        world.scans(20);
+        assert_eq!(
+            world.row()[6],
+            3,
+            "a page that has become zero ({settings:?})"
+        );
+    }
+}
+
+/// Goal: who switches `zero_only` on may rely on it at once, so it is refused while a frame is in use;
+/// and when it is switched off, pages that could not be told apart until then find their twins.
+#[test]
+fn zero_only_is_refused_while_frames_are_in_use_and_can_be_switched_off() {
+    let with = |zero_only| Settings {
+        use_zero_pages: true,
+        zero_only,
+        ..ours()
+    };
+    let mut world = World::new(with(false));
+    // The twins are more than one batch apart.
+    world.same(1, 2);
+    world.unique(10, 600);
+    world.same(1, 2);
+    world.scans(3);
+    let World { scanner, toy, .. } = &mut world;
+    let refused = scanner.change_settings(toy, with(true)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "zero_only cannot change now: pages_shared is 1; un-merge everything first (run = 2)"
+    );
+    for run in [RunMode::Unmerge, RunMode::Stop] {
+        scanner.set_run(toy, run).expect("nothing is refused");
+    }
+    toy.only_zero = true;
+    scanner
+        .change_settings(toy, with(true))
+        .expect("nothing is shared any more");
+    world.scans(4);
+    assert_eq!(world.row()[..3], [0, 0, 0]);
+
+    let World { scanner, toy, .. } = &mut world;
+    toy.only_zero = false;
+    scanner
+        .change_settings(toy, with(false))
+        .expect("it may be switched off at any time");
+    world.scans(4);
+    assert_eq!(world.row()[..3], [1, 3, 600]);
+    world.check();
+}
+
+#[test]
+fn zero_only_needs_zero_pages() {
+    let refused = Settings {
+        zero_only: true,
+        use_zero_pages: false,
+        ..Settings::default()
+    }
+    .validate()
+    .unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "zero_only must be off while use_zero_pages is off, got on"
+    );
+}
+
+/// Goal: pages set aside show their own copies at once, and nothing merges with them: neither by the
+/// scan's next look nor, before that, as partners that it remembers.
+#[test]
+fn pages_set_aside_are_unmerged_and_no_partners_any_more() {
+    for settings in [ours(), plain(), Settings::kernel_defaults()] {
+        let mut world = World::new(Settings {
+            use_zero_pages: true,
+            ..settings
+        });
+        let (_, other) = world.unique(50, 1);
+        let (_, first) = world.add(&[
+            Some(bytes(1)),
+            Some(bytes(1)),
+            Some(bytes(1)),
+            Some(ZERO),
+            Some(bytes(2)),
+            Some(bytes(3)),
+        ]);
+        world.scans(4);
+        assert_eq!(world.row()[..2], [1, 2]);
+        // It becomes a twin of the candidate, and comes first in the next pass.
+        world.toy.write(other, bytes(2));
+        world.scan();
+        let World { scanner, toy, .. } = &mut world;
+        // A merged page, a zero page, a candidate.
+        scanner
+            .set_aside(toy, first.plus(2), 3)
+            .expect("nothing is refused");
+        for n in 2..5 {
+            assert_eq!(toy.pages[first.index() + n].shown, Shown::Own);
+            toy.pages[first.index() + n].barred = Some(Reason::Excluded);
+        }
+        world.check();
+        world.step(1);
+        world.scans(3);
+        assert!((2..5).all(|n| world.toy.pages[first.index() + n].shown == Shown::Own));
+        assert_eq!(world.row()[..2], [1, 1]);
+        assert_eq!(
+            world.scanner.stats().skipped[Reason::Excluded as usize],
+            3,
+            "each is counted in each pass"
+        );
+        world.check();
+    }
+}
+
+#[test]
+fn pages_that_cannot_be_unmerged_are_not_set_aside() {
+    let mut world = World::new(ours());
+    let (_, first) = world.same(1, 4);
+    world.scans(3);
+    world.toy.pages[first.index() + 1].refuses = Some(Reason::NoMemory);
+    let World { scanner, toy, .. } = &mut world;
+    let refused = scanner.set_aside(toy, first, 2);
+    assert!(
+        matches!(
+            refused,
+            Err(UnmergeError::Refused {
+                pages: 1,
+                reason: Reason::NoMemory
+            })
+        ),
+        "{refused:?}"
+    );
+    assert_eq!(
+        world.toy.pages[first.index() + 1].shown,
+        Shown::Frame(world.frame(first.plus(2)).expect("the others stay merged"))
+    );
+    world.check();
+    world.toy.pages[first.index() + 1].refuses = None;
+    world.scans(3);
+    assert_eq!(world.groups(), [4]);
+}

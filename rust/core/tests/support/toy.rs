@@ -89,6 +89,8 @@ pub struct Toy {
     pub refuses_early: bool,
     /// Hashes are cut to so many bits, to make them collide.
     pub hash_bits: u32,
+    /// Hashes tell zero from not zero, and nothing else.
+    pub only_zero: bool,
     /// NUMA nodes, over which pages are dealt out in turn.
     pub nodes: u16,
     /// Calls until all of them fail.
@@ -112,6 +114,7 @@ impl Toy {
             tracks,
             refuses_early: false,
             hash_bits: 64,
+            only_zero: false,
             nodes: 1,
             calls_left: None,
             race: Vec::new(),
@@ -221,7 +224,12 @@ impl Toy {
     }
 
     pub fn hash(&self, bytes: Bytes) -> Digest {
-        let hash = mix(u64::from_be_bytes(bytes)) >> (64 - self.hash_bits);
+        let told = if self.only_zero && bytes != ZERO {
+            u64::MAX
+        } else {
+            u64::from_be_bytes(bytes)
+        };
+        let hash = mix(told) >> (64 - self.hash_bits);
         Digest {
             hash,
             zero: bytes == ZERO,
