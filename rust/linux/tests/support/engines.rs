@@ -124,3 +124,9 @@ pub(crate) fn merged_pages(memory: &Memory) -> usize {
 pub(crate) fn in_frames(vma: &os::Vma) -> bool {
     vma.name.starts_with("/memfd:pagemerge")
 }
+
+/// # Panics
+/// When a page is merged still.
+pub(crate) fn assert_nothing_merged(memory: &Memory) {
+    assert_eq!(merged_pages(memory), 0, "pages are merged still");
+}

@@ -23,6 +23,7 @@
     reason = "each test binary uses its own part of this module"
 )]
 
+pub(crate) mod busy;
 pub(crate) mod engines;
 pub(crate) mod os;
 pub(crate) mod ring;

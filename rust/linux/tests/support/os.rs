@@ -865,3 +865,39 @@ impl MachineLock {
         Self(file)
     }
 }
+
+/// A setting of the whole machine, changed while this lives. Its holder has the [`MachineLock`], and
+/// lets another process do what may hang or die, so that it is put back whatever happens.
+#[derive(Debug)]
+pub(crate) struct MachineSetting {
+    path: &'static str,
+    old: String,
+}
+
+impl MachineSetting {
+    pub(crate) fn set(_lock: &MachineLock, path: &'static str, value: &str) -> Self {
+        let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("reading {path}: {e}"));
+        // Of a choice, the one in brackets is in force.
+        let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
+        let old = chosen.map_or(text.trim(), |(chosen, _)| chosen).to_owned();
+        let setting = Self { path, old };
+        fs::write(path, value).unwrap_or_else(|e| panic!("{value} to {path}: {e}"));
+        setting
+    }
+}
+
+impl Drop for MachineSetting {
+    fn drop(&mut self) {
+        let done = fs::write(self.path, &self.old);
+        println!("{} is {} again: {done:?}", self.path, self.old);
+    }
+}
+
+/// A figure of `/proc/vmstat`.
+pub(crate) fn vmstat(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/vmstat").expect("/proc/vmstat can be read");
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(0)
+}
