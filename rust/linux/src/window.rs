@@ -305,14 +305,16 @@ impl Windows {
             && let Hold::Moved { uffd, .. } = hold
         {
             // Leftovers would be taken for pages that have been moved there, and an old translation
-            // for a page that is not there any more. The old addresses are never used again.
-            let Ok(fresh) = new_staging(self.page, uffd) else {
-                return;
-            };
-            if let Some(old) = self.staging.replace(fresh) {
-                // What may lie there is nobody's: frames are mapped in its place.
-                let _ = old.advise(Advice::DontNeed);
-                let _ = old.into_span();
+            // for a page that is not there any more.
+            if !self.staging.as_ref().is_some_and(wipe) {
+                let Ok(fresh) = new_staging(self.page, uffd) else {
+                    return;
+                };
+                if let Some(old) = self.staging.replace(fresh) {
+                    // Those addresses are never used again.
+                    let _ = old.advise(Advice::DontNeed);
+                    let _ = old.into_span();
+                }
             }
             self.clean = true;
         }
@@ -754,6 +756,15 @@ fn new_staging(page: usize, uffd: &Userfaultfd) -> io::Result<Mapping> {
     staging.advise(Advice::DontFork)?;
     uffd.register(staging.span(), Modes::WriteProtect)?;
     Ok(staging)
+}
+
+/// Empties staging, and has every processor forget what it knew of it. What lies there is nobody's: a
+/// frame is mapped in its place, or it is back. Only a page that is taken away makes the kernel flush
+/// the translation of its address, so first there must be one everywhere.
+fn wipe(staging: &Mapping) -> bool {
+    [Advice::DontNeed, Advice::PopulateWrite, Advice::DontNeed]
+        .into_iter()
+        .all(|advice| staging.advise(advice).is_ok())
 }
 
 /// Nothing is there: neither a page nor one in swap.

@@ -48,15 +48,37 @@ fn khugepaged_works_on_the_same_memory() {
     let lock = MachineLock::take();
     let set = |name, value| MachineSetting::set(&lock, name, value);
     let _settings = [
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", "0"),
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/alloc_sleep_millisecs", "0"),
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/pages_to_scan", "65536"),
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none", "511"),
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared", "511"),
-        set("/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_swap", "511"),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs",
+            "0",
+        ),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/alloc_sleep_millisecs",
+            "0",
+        ),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_to_scan",
+            "65536",
+        ),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none",
+            "511",
+        ),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
+            "511",
+        ),
+        set(
+            "/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_swap",
+            "511",
+        ),
     ];
-    scenario("works_beside_khugepaged").end(limit()).expect_success();
-    scenario("works_beside_khugepaged_untracked").end(limit()).expect_success();
+    scenario("works_beside_khugepaged")
+        .end(limit())
+        .expect_success();
+    scenario("works_beside_khugepaged_untracked")
+        .end(limit())
+        .expect_success();
 }
 
 fn beside_khugepaged(write_tracking: bool) {
@@ -75,11 +97,15 @@ fn beside_khugepaged(write_tracking: bool) {
     let begun = Instant::now();
     while begun.elapsed() < time() || all.merges < 500 || collapsed() == 0 {
         let memory = Arc::new(Memory::huge(plan.pages));
-        memory.advise(libc::MADV_NOHUGEPAGE).expect("small pages to begin with");
+        memory
+            .advise(libc::MADV_NOHUGEPAGE)
+            .expect("small pages to begin with");
         let mut busy = Busy::over(&plan, memory);
         let mut make_huge = |memory: &Memory| {
             let (seen, asked) = (collapsed(), Instant::now());
-            memory.advise(libc::MADV_HUGEPAGE).expect("huge pages on request");
+            memory
+                .advise(libc::MADV_HUGEPAGE)
+                .expect("huge pages on request");
             while collapsed() == seen && asked.elapsed() < Duration::from_millis(500) {
                 pause(&mut random, 1000);
             }
@@ -94,7 +120,10 @@ fn beside_khugepaged(write_tracking: bool) {
         all.add(&busy.finish());
     }
     all.tell();
-    println!("figure: {} huge pages made by khugepaged (on the whole machine)", collapsed());
+    println!(
+        "figure: {} huge pages made by khugepaged (on the whole machine)",
+        collapsed()
+    );
 }
 
 fn works_beside_khugepaged() {

@@ -319,12 +319,7 @@ impl Tally {
     pub(crate) fn tell(&self) {
         println!(
             "figure: {} writes, {} page checks, {} merges, {} broken, {} windows, {} lost races",
-            self.written,
-            self.checked,
-            self.merges,
-            self.broken,
-            self.windows,
-            self.lost_races
+            self.written, self.checked, self.merges, self.broken, self.windows, self.lost_races
         );
     }
 }

@@ -878,7 +878,9 @@ impl MachineSetting {
     pub(crate) fn set(_lock: &MachineLock, path: &'static str, value: &str) -> Self {
         let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("reading {path}: {e}"));
         // Of a choice, the one in brackets is in force.
-        let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
+        let chosen = text
+            .split_once('[')
+            .and_then(|(_, rest)| rest.split_once(']'));
         let old = chosen.map_or(text.trim(), |(chosen, _)| chosen).to_owned();
         let setting = Self { path, old };
         fs::write(path, value).unwrap_or_else(|e| panic!("{value} to {path}: {e}"));
