@@ -8,7 +8,7 @@
 //! # Cost
 //! The kernel walks all page tables of the process for its PSS: some milliseconds a GiB.
 
-use std::fs;
+use crate::sys::files;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -93,13 +93,13 @@ pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     let mut next = vec![pid];
     while let Some(parent) = next.pop() {
-        let tasks = match fs::read_dir(format!("/proc/{parent}/task")) {
+        let tasks = match files::read_dir(format!("/proc/{parent}/task")) {
             Ok(tasks) => tasks,
             Err(error) if is_gone(&error) && parent != pid => continue,
             Err(error) => return Err(error),
         };
         for task in tasks {
-            let text = match task.map(|task| fs::read_to_string(task.path().join("children"))) {
+            let text = match task.map(|task| files::read_to_string(task.path().join("children"))) {
                 Ok(Ok(text)) => text,
                 Ok(Err(error)) | Err(error) if is_gone(&error) => continue,
                 Ok(Err(error)) | Err(error) => return Err(error),
@@ -125,7 +125,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 fn pss_in(path: &Path) -> io::Result<Pss> {
-    parse_pss(&fs::read_to_string(path)?)
+    parse_pss(&files::read_to_string(path)?)
         .ok_or_else(|| io::Error::other(format!("{} has no Pss line", path.display())))
 }
 
@@ -185,8 +185,8 @@ pub struct Cgroup {
 /// # Errors
 /// When `/proc` is not there.
 pub fn cgroup() -> io::Result<Option<Cgroup>> {
-    let groups = fs::read_to_string("/proc/self/cgroup")?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let groups = files::read_to_string("/proc/self/cgroup")?;
+    let mounts = files::read_to_string("/proc/self/mountinfo")?;
     Ok(find_cgroup(&groups, &mounts).and_then(|place| read_cgroup(&place)))
 }
 
@@ -195,7 +195,7 @@ pub fn cgroup() -> io::Result<Option<Cgroup>> {
 /// # Errors
 /// When `/proc` is not there.
 pub fn available() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
+    let text = files::read_to_string("/proc/meminfo")?;
     text.lines()
         .find_map(|line| kilobytes(line.strip_prefix("MemAvailable:")?))
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable line"))
@@ -305,7 +305,7 @@ fn read_cgroup(place: &Place) -> Option<Cgroup> {
         _ => ("memory.current", "memory.max"),
     };
     let number = |directory: &Path, file: &str| {
-        fs::read_to_string(directory.join(file))
+        files::read_to_string(directory.join(file))
             .ok()?
             .trim()
             .parse::<u64>()
@@ -339,6 +339,7 @@ fn read_cgroup(place: &Place) -> Option<Cgroup> {
 mod tests {
     use super::*;
     use crate::sys::mapping::{Advice, Mapping, Protection};
+    use std::fs;
 
     #[test]
     fn every_figure_of_the_rollup_is_read_in_bytes() {

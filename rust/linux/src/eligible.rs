@@ -3,9 +3,8 @@
 use crate::error::Error;
 use crate::mappings::{self, Mappings, Stretch};
 use crate::sys::procmap::{Procmap, QueryStop};
-use crate::sys::{Span, page_size, process};
+use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
-use std::fs;
 
 /// File systems whose `O_DIRECT` holds pages by plain references (finding F6).
 const NETWORK: [&str; 6] = ["nfs", "nfs4", "ceph", "9p", "cifs", "smb3"];
@@ -101,7 +100,7 @@ const PINNING: [&str; 7] = [
 /// Whether any page of this process may be pinned for long: `io_uring` buffers, RDMA, VFIO and the like.
 pub(crate) fn has_pinned_pages() -> bool {
     // What cannot be read is taken as pinned: that refuses re-merging, and loses nothing.
-    let counted = fs::read_to_string("/proc/self/status").map_or(true, |status| {
+    let counted = files::read_to_string("/proc/self/status").map_or(true, |status| {
         status
             .lines()
             .find_map(|line| line.strip_prefix("VmPin:"))
@@ -109,9 +108,9 @@ pub(crate) fn has_pinned_pages() -> bool {
     });
     // `/proc/self` is the process's first thread, whose descriptors are the program's.
     counted
-        || fs::read_dir("/proc/self/fd").map_or(true, |mut open| {
+        || files::read_dir("/proc/self/fd").map_or(true, |mut open| {
             open.any(|entry| {
-                let target = entry.and_then(|entry| fs::read_link(entry.path()));
+                let target = entry.and_then(|entry| files::read_link(entry.path()));
                 // One that has been closed meanwhile pins nothing.
                 target.is_ok_and(|path| {
                     let path = path.to_string_lossy();
@@ -123,7 +122,7 @@ pub(crate) fn has_pinned_pages() -> bool {
 
 /// Whether the program has a file of a network file system open for `O_DIRECT`.
 pub(crate) fn network_direct_io() -> bool {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mounts = files::read_to_string("/proc/self/mounts").unwrap_or_default();
     let network: Vec<&str> = mounts
         .lines()
         .filter_map(|line| {
@@ -136,20 +135,20 @@ pub(crate) fn network_direct_io() -> bool {
         return false;
     }
     // `/proc/self` is the process's first thread, whose descriptors are the program's.
-    let Ok(open) = fs::read_dir("/proc/self/fd") else {
+    let Ok(open) = files::read_dir("/proc/self/fd") else {
         return false;
     };
     open.flatten().any(|entry| {
         let number = entry.file_name();
         let info = format!("/proc/self/fdinfo/{}", number.to_string_lossy());
-        let direct = fs::read_to_string(info).is_ok_and(|text| {
+        let direct = files::read_to_string(info).is_ok_and(|text| {
             text.lines()
                 .find_map(|line| line.strip_prefix("flags:"))
                 .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
                 .is_some_and(|flags| flags & libc::O_DIRECT != 0)
         });
         direct
-            && fs::read_link(entry.path())
+            && files::read_link(entry.path())
                 .is_ok_and(|path| network.iter().any(|place| path.starts_with(place)))
     })
 }
@@ -200,7 +199,7 @@ impl<'a> Readable<'a> {
 /// word there at its end, without waiting for any window.
 pub(crate) fn thread_records(span: Span) -> Vec<Span> {
     let page = page_size();
-    let threads = fs::read_dir("/proc/self/task")
+    let threads = files::read_dir("/proc/self/task")
         .into_iter()
         .flatten()
         .flatten();

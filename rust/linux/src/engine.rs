@@ -13,6 +13,7 @@ use crate::settings::{Barrier, EngineSettings};
 use crate::space::{LinuxSpace, SpaceStats};
 use crate::sys::Span;
 use crate::sys::live::Live;
+use crate::sys::phase::{Phase, enter};
 use crate::{fork, sys, worker};
 use pagemerge_core::{
     ChangeError, Clock, Event, RegionId, RegionStats, RunMode, Scanner, Stats, StepReport, Tick,
@@ -113,6 +114,7 @@ pub(crate) struct EngineState {
 
 impl EngineState {
     fn new(settings: EngineSettings) -> Result<Self, Error> {
+        let _phase = enter(Phase::Create);
         settings.validate()?;
         let space = LinuxSpace::new(&settings)?;
         let scanner = Scanner::new(settings.scan.clone())?;
@@ -231,6 +233,7 @@ impl EngineState {
     }
 
     fn register(&mut self, handle: RegionHandle, live: Live, domain: &str) -> Result<(), Error> {
+        let _phase = enter(Phase::Register);
         let key = (handle.addr, handle.pages, domain.to_owned());
         let revived = self
             .lagging
@@ -261,7 +264,10 @@ impl EngineState {
     }
 
     fn unregister(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        let _phase = enter(Phase::Unregister);
         let id = self.region(handle)?;
+        let span = Span::new(handle.addr, handle.pages as usize * crate::page_size());
+        self.space.close_again(span)?;
         self.scanner
             .unregister(&mut self.space, id)
             .map_err(|e| match e {
@@ -310,7 +316,10 @@ impl EngineState {
     }
 
     fn forget(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        let _phase = enter(Phase::Forget);
         let id = self.region(handle)?;
+        let span = Span::new(handle.addr, handle.pages as usize * crate::page_size());
+        self.space.close_again(span)?;
         self.space.blank_region(id)?;
         self.scanner.forget(&mut self.space, id)?;
         self.space.remove_region(id);
@@ -319,6 +328,7 @@ impl EngineState {
     }
 
     fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
+        let _phase = enter(Phase::Discard);
         let (first, pages) = self.space.discard(addr, len)?;
         self.scanner.vacated(&mut self.space, first, pages)
     }
@@ -379,6 +389,7 @@ impl EngineState {
     }
 
     fn stats(&mut self) -> Result<EngineStats, Error> {
+        let _phase = enter(Phase::Stats);
         self.scanner.refresh(&mut self.space)?;
         let core = self.scanner.stats();
         let space = self.space.stats();
@@ -397,6 +408,7 @@ impl EngineState {
 
     /// Un-merges everything. What cannot be un-merged stays merged, and the engine with it.
     fn close(&mut self) -> Result<(), Error> {
+        let _phase = enter(Phase::Close);
         self.due = None;
         let handles: Vec<RegionHandle> = self.regions.values().map(|(handle, _)| *handle).collect();
         for handle in handles {

@@ -19,15 +19,16 @@ use crate::error::Error;
 use crate::hash::PageHasher;
 use crate::mappings::Mappings;
 use crate::sys::pagemap::{Categories, Entry, PageRegion, Pagemap, Query, ScanStop};
+use crate::sys::phase::{Phase, enter};
 use crate::sys::sparse::{self, SeekStop};
-use crate::sys::{Errno, Span, memory, page_size, process};
+use crate::sys::{Errno, Span, files, memory, page_size, process};
 use pagemerge_core::{Reason, SettingError};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Pages looked at between two calls of `between`: about a millisecond.
@@ -113,6 +114,7 @@ pub unsafe fn evaluate_memory(
     ranges: &[(usize, usize)],
     between: &mut dyn FnMut() -> bool,
 ) -> Result<Evaluation, Error> {
+    let _phase = enter(Phase::Evaluate);
     let fingerprinter = Fingerprinter::new(page_size())?;
     let map = Pagemap::own().map_err(|e| Error::os("cannot open /proc/self/pagemap", e.into()))?;
     let mut found = Evaluation {
@@ -428,6 +430,7 @@ pub fn evaluate_files(
     options: &FileOptions,
     progress: &mut dyn FnMut(&FileProgress) -> bool,
 ) -> Result<FileEvaluation, Error> {
+    let _phase = enter(Phase::Evaluate);
     let page_size = options.page_size;
     if !page_size.is_power_of_two() || !(256..=2 << 20).contains(&page_size) {
         return Err(Error::Setting(SettingError::Invalid {
@@ -528,9 +531,9 @@ fn choose(
         // Links are followed where somebody named them, never in the middle of a directory: they
         // may lead in a circle.
         let about = if named {
-            fs::metadata(&path)
+            files::metadata(&path)
         } else {
-            fs::symlink_metadata(&path)
+            files::symlink_metadata(&path)
         };
         let (problem, error) = match about {
             Err(error) => (FileProblem::Unreadable, error),
@@ -597,7 +600,7 @@ fn choose(
 
 /// What is in a directory, in the order of the names, so that two runs say the same.
 fn names_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let names: io::Result<Vec<_>> = fs::read_dir(directory)?
+    let names: io::Result<Vec<_>> = files::read_dir(directory)?
         .map(|entry| Ok(entry?.path()))
         .collect();
     let mut names = names?;
@@ -634,11 +637,10 @@ impl Reader {
         progress: &mut dyn FnMut(&FileProgress) -> bool,
     ) -> Result<FileReport, Stop> {
         // Should it have become a pipe since it was chosen, opening it must not wait for a writer.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        let about = file.metadata()?;
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let file = files::open_with(&options, path)?;
+        let about = files::metadata_of(&file)?;
         if !about.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENOTSUP).into());
         }
@@ -665,15 +667,16 @@ impl Reader {
                 let room = (self.block.len() * 8) as u64;
                 let len = usize::try_from(room.min(end - at)).expect("no more than the block");
                 let words = &mut self.block[..len / 8];
-                file.read_exact_at(memory::as_bytes_mut(words), at)
-                    .map_err(|error| match error.kind() {
+                files::read_exact_at(&file, memory::as_bytes_mut(words), at).map_err(|error| {
+                    match error.kind() {
                         io::ErrorKind::UnexpectedEof => io::Error::new(
                             error.kind(),
                             "the file became shorter while it was read; try again when nobody \
                              writes to it",
                         ),
                         _ => error,
-                    })?;
+                    }
+                })?;
                 for page in words.chunks_exact(self.page_size / 8) {
                     match self.fingerprinter.of(page) {
                         None => report.zero += 1,
@@ -717,6 +720,7 @@ mod tests {
     use super::*;
     use crate::sys::mapping::{Advice, Mapping, Protection, map_frames};
     use crate::sys::memfd::Memfd;
+    use std::fs;
 
     /// A directory of its own, which is removed at the end.
     struct Folder(PathBuf);

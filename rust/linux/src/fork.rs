@@ -21,8 +21,7 @@
 
 use crate::error::Error;
 use crate::sys;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Held while a window is open, and across a fork.
@@ -120,10 +119,14 @@ extern "C" fn child() {
 
 /// Installs the handlers, once for the process and its descendants.
 pub(crate) fn watch_forks() -> Result<(), Error> {
-    static INSTALLED: OnceLock<Result<(), sys::Errno>> = OnceLock::new();
-    INSTALLED
-        .get_or_init(|| sys::thread::at_fork(prepare, parent, child))
-        .map_err(|e| Error::os("cannot watch for forks (pthread_atfork)", e.into()))
+    // Only whoever starts the merging thread gets here, one at a time. A failure is not for good.
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    if !INSTALLED.load(Ordering::Relaxed) {
+        sys::thread::at_fork(prepare, parent, child)
+            .map_err(|e| Error::os("cannot watch for forks (pthread_atfork)", e.into()))?;
+        INSTALLED.store(true, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 /// Forks so far: a frame generation made at one count ends when the count has moved on.

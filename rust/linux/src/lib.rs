@@ -40,6 +40,9 @@ pub use error::Error;
 #[doc(hidden)]
 pub use hash::digest_all;
 pub use pagemerge_core as core;
+#[cfg(feature = "inject")]
+#[doc(hidden)]
+pub use probe::probe_again;
 pub use probe::{Capabilities, capabilities};
 pub use settings::{Barrier, EngineSettings, Remerge};
 #[cfg(feature = "inject")]

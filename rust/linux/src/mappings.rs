@@ -21,9 +21,8 @@
 //! mappings from the lowest up to the range: 5 us for each, 0.3 s near the limit of 65,530. Many
 //! ranges are better surveyed by one [`Mappings`].
 
-use crate::sys::{Span, page_size, process};
+use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
-use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::BitOr;
 
@@ -370,7 +369,7 @@ impl Mappings {
 /// When `/proc/self/smaps` cannot be read.
 pub(crate) fn read(range: Span) -> io::Result<Vec<Vma>> {
     parse(
-        BufReader::with_capacity(1 << 16, File::open("/proc/self/smaps")?),
+        BufReader::with_capacity(1 << 16, files::open("/proc/self/smaps")?),
         range,
     )
 }
@@ -410,7 +409,7 @@ fn parse(mut lines: impl BufRead, range: Span) -> io::Result<Vec<Vma>> {
 /// # Errors
 /// When `/proc/self/maps` cannot be read.
 pub(crate) fn count() -> io::Result<u64> {
-    let mut file = File::open("/proc/self/maps")?;
+    let mut file = files::open("/proc/self/maps")?;
     let mut buffer = [0; 1 << 14];
     let mut lines = 0;
     loop {
@@ -460,7 +459,7 @@ fn thread_records(range: Span) -> io::Result<Vec<ThreadRecord>> {
     let stack = usize::try_from(limit.unwrap_or(STACK_WITHOUT_LIMIT)).unwrap_or(usize::MAX);
     let main = std::process::id();
     let mut records = Vec::new();
-    for entry in fs::read_dir("/proc/self/task")? {
+    for entry in files::read_dir("/proc/self/task")? {
         let name = entry?.file_name();
         let Some(thread) = name.to_str().and_then(|text| text.parse::<i32>().ok()) else {
             continue;

@@ -17,11 +17,11 @@ use crate::sys::leaked::Leaked;
 use crate::sys::mapping::{Advice, MapStop, Mapping, Protection};
 use crate::sys::memfd::{CreateStop, Memfd};
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap, Query, ScanStop};
+use crate::sys::phase::{Phase, enter};
 use crate::sys::process::{self, Resource};
 use crate::sys::uffd::{Features, Modes, OpenStop, Source, Userfaultfd, Wake};
-use crate::sys::{Span, page_size};
+use crate::sys::{Span, files, page_size};
 use std::collections::BTreeMap;
-use std::fs;
 
 /// What can be done here. See [`capabilities`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,8 +130,17 @@ pub fn capabilities() -> Capabilities {
     found
 }
 
+/// Tries everything out once more, for tests of faults: what [`capabilities`] knows stays.
+#[cfg(feature = "inject")]
+#[must_use]
+pub fn probe_again() -> Capabilities {
+    let text = std::env::var("PAGEMERGE_PRETEND").unwrap_or_default();
+    probe(&Pretend::parse(&text))
+}
+
 /// Tries everything out.
 pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
+    let _phase = enter(Phase::Probe);
     let mut reasons = BTreeMap::new();
     if !pretend.unknown.is_empty() {
         reasons.insert(
@@ -191,7 +200,7 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
         max_map_count,
         kernel_ksm: kernel_ksm.is_ok(),
         page_size: page_size(),
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
+        kernel: files::read_to_string("/proc/sys/kernel/osrelease")
             .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned()),
         reasons,
         full: full.map(|(source, _)| source),
@@ -202,7 +211,7 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
 }
 
 fn number_in(path: &str) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
+    files::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 fn missing_uffd() -> String {
@@ -444,7 +453,7 @@ fn tells_guard_pages() -> bool {
 }
 
 fn try_kernel_ksm() -> Result<(), String> {
-    match fs::metadata("/sys/kernel/mm/ksm/run") {
+    match files::metadata("/sys/kernel/mm/ksm/run") {
         Ok(_) => Ok(()),
         Err(error) => Err(format!(
             "the kernel has no same-page merging of its own (/sys/kernel/mm/ksm/run: {error}); \

@@ -31,6 +31,7 @@ use crate::fork::NoFork;
 use crate::sys::live::Live;
 use crate::sys::mapping::{Mapping, MmapLock};
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap, Query};
+use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::Procmap;
 use crate::sys::staged::Staged;
 use crate::watch::Watches;
@@ -59,6 +60,7 @@ impl Restore<'_> {
         huge: Option<bool>,
         done: &mut [bool],
     ) {
+        let _phase = enter(Phase::RestorePrepare);
         let Ok(mut staged) = Staged::new(run.span().len, huge) else {
             return;
         };
@@ -88,6 +90,7 @@ impl Restore<'_> {
     /// Gives pages of `run`, which are watched and have been quiet, anonymous memory with the same
     /// bytes. Sets `done` for those that have it; the watch of the others ends.
     pub(crate) fn quiet(&mut self, run: Live, huge: Option<bool>, done: &mut [bool]) {
+        let _phase = enter(Phase::RestorePrepare);
         let filled = Staged::new(run.span().len, huge)
             .ok()
             .and_then(|mut staged| {
@@ -116,6 +119,7 @@ impl Restore<'_> {
         {
             let _no_fork = NoFork::wait();
             let _held = Held::new(self.watches, run);
+            let _phase = enter(Phase::RestoreWindow);
             if self.lock.wait_for_readers().is_ok()
                 && let Ok(got) = self.pagemap.scan(run.span(), query, self.scanned)
             {

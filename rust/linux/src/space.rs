@@ -47,8 +47,11 @@ use crate::mappings;
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings, Remerge};
 use crate::sys::live::Live;
+use crate::sys::mapping::is_mapped;
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap};
+use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::Procmap;
+use crate::sys::thread::spawn_scoped;
 use crate::sys::uffd::{Features, Modes, RegisterStop, Userfaultfd};
 use crate::sys::{self, Span};
 use crate::watch::Watches;
@@ -282,7 +285,10 @@ impl LinuxSpace {
 
     /// What is looked at once for each full pass.
     pub(crate) fn begin_pass(&mut self) {
+        let _phase = enter(Phase::BeginPass);
         self.settle();
+        // What is still left is told to whoever discards or unregisters.
+        let _ = self.close_again(Span::default());
         self.budget.recount();
         self.pinned = None;
         self.surveyed_in_pass = false;
@@ -302,6 +308,7 @@ impl LinuxSpace {
 
     /// Gives back what nobody shows any more. Cheap when there is nothing.
     pub(crate) fn settle(&mut self) {
+        let _phase = enter(Phase::Settle);
         self.frames.punch_dead();
     }
 
@@ -401,6 +408,60 @@ impl LinuxSpace {
         Ok(())
     }
 
+    /// Takes runs out of MISSING that a window could not take out. Says whether none of `span` is left.
+    ///
+    /// # Errors
+    /// When the kernel still does not do it: a page of `span` that became absent would make whoever
+    /// touches it wait for ever.
+    pub(crate) fn close_again(&mut self, span: Span) -> Result<(), Error> {
+        let Some(uffd) = self
+            .uffd
+            .as_ref()
+            .filter(|_| !self.windows.unclosed.is_empty())
+        else {
+            return Ok(());
+        };
+        let (page, mut left) = (self.page, Ok(()));
+        for run in std::mem::take(&mut self.windows.unclosed) {
+            let region = self
+                .regions
+                .values()
+                .find(|region| region.live.span().covers(run));
+            // A region that has gone took its runs with it.
+            let Some(region) = region else { continue };
+            let first = (run.start - region.live.span().start) / page;
+            let mut stop = None;
+            // Frames are never registered (invariant L2).
+            for_runs(region, false, (first, first + run.pages()), page, |part| {
+                match uffd.unregister(part.span()) {
+                    Ok(()) if region.tracked => {
+                        // Where it fails, digests decide.
+                        let _ = uffd.register(part.span(), Modes::WriteProtect);
+                    }
+                    Ok(()) => {}
+                    // Nothing is registered where nothing is mapped.
+                    Err(_) if !is_mapped(part.span()) => {}
+                    Err(error) => stop = Some(error),
+                }
+            });
+            if let Some(stop) = stop {
+                tracing::warn!(%stop, %run, "a window's pages cannot be taken out of userfaultfd");
+                if run.overlaps(span) && left.is_ok() {
+                    left = Err(Error::os(
+                        format!(
+                            "cannot let {} pages of a window go (UFFDIO_UNREGISTER)",
+                            run.pages()
+                        ),
+                        stop.into(),
+                    ));
+                }
+                self.windows.unclosed.push(run);
+            }
+        }
+        self.windows.reserve_unclosed();
+        left
+    }
+
     fn untrack(&mut self, id: RegionId) {
         let Some(first) = self.by_id.get(&id) else {
             return;
@@ -460,6 +521,7 @@ impl LinuxSpace {
                 page_size: page,
             });
         }
+        self.close_again(span)?;
         let region = self
             .regions
             .values_mut()
@@ -633,6 +695,7 @@ impl PageSpace for LinuxSpace {
     }
 
     fn observe(&mut self, window: Window, look: Look, into: &mut [PageState]) -> Result<(), Error> {
+        let _phase = enter(Phase::Observe);
         into.fill(PageState::Absent);
         let Some(region) = self.region_mut(window.region) else {
             return Ok(());
@@ -715,6 +778,7 @@ impl PageSpace for LinuxSpace {
     }
 
     fn digest(&mut self, pages: &[PageId], into: &mut [Attempt<Digest>]) -> Result<(), Error> {
+        let _phase = enter(Phase::Digest);
         // (place in `into`, page), for what may be read.
         let mut readable: Vec<(usize, Live)> = Vec::with_capacity(pages.len());
         let maps = Rc::clone(&self.maps);
@@ -751,8 +815,8 @@ impl PageSpace for LinuxSpace {
             let workers: Vec<_> = readable
                 .chunks(share)
                 .map(|part| {
-                    let named = std::thread::Builder::new().name("pagemerge-hash".into());
-                    (part, named.spawn_scoped(scope, move || hash(part)))
+                    let worker = spawn_scoped("pagemerge-hash", scope, move || hash(part));
+                    (part, worker)
                 })
                 .collect();
             workers
@@ -787,6 +851,7 @@ impl PageSpace for LinuxSpace {
     }
 
     fn compare(&mut self, a: Content, b: Content) -> Result<Attempt<Ordering>, Error> {
+        let _phase = enter(Phase::Digest);
         let maps = Rc::clone(&self.maps);
         let mut known = Readable::new(&maps);
         let order = match (a, b) {
@@ -818,6 +883,7 @@ impl PageSpace for LinuxSpace {
     }
 
     fn apply(&mut self, requests: &[Request], outcomes: &mut [Attempt<()>]) -> Result<(), Error> {
+        let _phase = enter(Phase::Prepare);
         self.unshare(requests, outcomes);
         self.look_at_headroom();
         let promotions = self.prepare_promotions(requests, outcomes)?;

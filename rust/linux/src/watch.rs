@@ -29,12 +29,14 @@ use crate::fork::Gate;
 use crate::sys::Span;
 use crate::sys::live::Live;
 use crate::sys::pagemap::Pagemap;
+use crate::sys::phase::{Phase, enter};
 use crate::sys::thread::spawn_helper;
 use crate::sys::uffd::{
     Event, Modes, RawEvent, Ready, RegisterStop, UffdHelper, Userfaultfd, Wake, Waker, WakerHelper,
 };
 use std::collections::HashMap;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,6 +66,9 @@ const LOOKS: u8 = 4;
 const OFFER: u32 = 4;
 /// How long a page is left alone then, in quiet times.
 const REST: u32 = 1;
+
+/// How long the helper sleeps between looks where the kernel cannot let it wait.
+const LOOKING: Duration = Duration::from_millis(1);
 
 /// What a watch says of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +125,7 @@ impl Watches {
     /// # Errors
     /// When the kernel does not register or protect it; nothing is watched then.
     pub(crate) fn begin(&mut self, run: Live, now: Instant) -> Result<(), RegisterStop> {
+        let _phase = enter(Phase::Watch);
         self.uffd.register(run.span(), Modes::WriteProtect)?;
         if self.uffd.protect(run.span()).is_err() {
             self.end(run);
@@ -186,6 +192,7 @@ impl Watches {
 
     /// Ends the watch of a page that is to rest.
     pub(crate) fn give_up(&mut self, page: Live) {
+        let _phase = enter(Phase::Watch);
         let _ = self.uffd.unprotect(page.span(), Wake::Now);
         self.pages.remove(&page.span().start);
     }
@@ -193,6 +200,7 @@ impl Watches {
     /// Ends the watch of a run in which no page has another userfaultfd: takes protection and
     /// registration away, and lets writers go on.
     pub(crate) fn end(&mut self, run: Live) {
+        let _phase = enter(Phase::Watch);
         if self.uffd.unregister(run.span()).is_err() {
             // No room to split a mapping. Without protection the registration does nothing.
             let _ = self.uffd.unprotect(run.span(), Wake::Now);
@@ -265,31 +273,89 @@ fn pages(span: Span, page: usize) -> impl Iterator<Item = usize> {
     (span.start..span.end()).step_by(page)
 }
 
-/// The helper thread's life: no allocation, no lock, no log (invariant Q1).
+/// The helper thread's life: no allocation, no lock, no log (invariant Q1). A panic in it, which is a
+/// bug of this library, must not leave writers waiting: they would wait for ever, and the merging
+/// thread for the gate. So it is caught, and what was under way is done again.
 fn help(uffd: &UffdHelper, waker: &WakerHelper, common: &Common, page: usize) {
-    let mut events = [RawEvent::EMPTY; 16];
+    let mut inbox = Inbox::default();
     while !common.stop.load(Ordering::Acquire) {
-        match uffd.wait(Some(waker), None) {
-            Ok(Ready::Events) => {}
-            Ok(Ready::Woken) => {
-                waker.clear();
-                continue;
-            }
-            Ok(Ready::Timeout) | Err(_) => continue,
+        let work = AssertUnwindSafe(|| help_on(uffd, waker, common, page, &mut inbox));
+        // The panic has been printed already.
+        let _ = catch_unwind(work);
+    }
+}
+
+/// Events that have been read, and how many of them are settled.
+struct Inbox {
+    events: [RawEvent; 16],
+    got: usize,
+    settled: usize,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self {
+            events: [RawEvent::EMPTY; 16],
+            got: 0,
+            settled: 0,
         }
-        let Ok(got) = uffd.events(&mut events) else {
-            continue;
-        };
-        for event in &events[..got] {
-            if let Event::Fault { address, .. } = event.decode() {
-                let at = Span::new(address / page * page, page);
-                common.in_window.close();
-                // If the page has been mapped over or let go meanwhile there is nothing to lift, and
-                // then lifting wakes nobody.
-                let _ = uffd.unprotect(at, Wake::Now);
-                let _ = uffd.wake(at);
-                common.in_window.open();
-            }
+    }
+}
+
+impl Inbox {
+    /// Takes what has come, if anything has. Should the read not return, all places count: those that
+    /// were not filled are empty, and mean nothing.
+    fn take(&mut self, uffd: &UffdHelper) {
+        self.events.fill(RawEvent::EMPTY);
+        (self.settled, self.got) = (0, self.events.len());
+        self.got = uffd.events(&mut self.events).unwrap_or(0);
+    }
+}
+
+/// The gate of windows over watched pages, while the helper holds it.
+struct Shut<'a>(&'a Gate);
+
+impl<'a> Shut<'a> {
+    fn new(gate: &'a Gate) -> Self {
+        gate.close();
+        Self(gate)
+    }
+}
+
+impl Drop for Shut<'_> {
+    fn drop(&mut self) {
+        self.0.open();
+    }
+}
+
+/// Settles what is in the inbox, then waits for more.
+fn help_on(
+    uffd: &UffdHelper,
+    waker: &WakerHelper,
+    common: &Common,
+    page: usize,
+    inbox: &mut Inbox,
+) {
+    let _phase = enter(Phase::Helper);
+    while inbox.settled < inbox.got {
+        if let Event::Fault { address, .. } = inbox.events[inbox.settled].decode() {
+            let at = Span::new(address / page * page, page);
+            let _shut = Shut::new(&common.in_window);
+            // If the page has been mapped over or let go meanwhile there is nothing to lift, and
+            // then lifting wakes nobody. If lifting fails otherwise, whoever is woken comes again.
+            let _ = uffd.unprotect(at, Wake::Now);
+            let _ = uffd.wake(at);
+        }
+        inbox.settled += 1;
+    }
+    match uffd.wait(Some(waker), None) {
+        Ok(Ready::Events) => inbox.take(uffd),
+        Ok(Ready::Woken) => waker.clear(),
+        Ok(Ready::Timeout) => {}
+        Err(_) => {
+            // No memory to wait with: look from time to time instead.
+            std::thread::sleep(LOOKING);
+            inbox.take(uffd);
         }
     }
 }

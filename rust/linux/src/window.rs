@@ -37,14 +37,16 @@
 use crate::fork::NoFork;
 use crate::sys::Span;
 use crate::sys::live::{self, Live};
-use crate::sys::mapping::{Advice, MapStop, Mapping, MmapLock, Protection, Sharing};
+use crate::sys::mapping::{self, Advice, MapStop, Mapping, MmapLock, Protection, Sharing};
 use crate::sys::memfd::Memfd;
 use crate::sys::pagemap::{Entry, Pagemap};
+use crate::sys::phase::{Phase, enter};
 use crate::sys::process;
 use crate::sys::procmap::{Procmap, QueryStop};
 use crate::sys::uffd::{FillStop, Modes, MoveStop, RegisterStop, Userfaultfd};
 use crate::watch::Watches;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 /// Pages of one window at most; staging has room for so many.
@@ -58,6 +60,13 @@ const MOVING_TRIES: u32 = 8;
 const READING_TRIES: u32 = 3;
 /// How often closing is tried where it should need no memory, but does.
 const CLOSING_TRIES: u32 = 10_000;
+
+/// Runs noted at most as still registered for missing pages.
+const UNCLOSED: usize = 4096;
+/// How often a window's closing begins again that panicked.
+const CLOSING_PANICS: u32 = 3;
+/// How often a page is offered to a place that the kernel says is not there, though something is.
+const RETURNING_TRIES: u32 = 100;
 
 /// Estimates that bound how long a window holds its pages, in nanoseconds.
 const RUN_NANOS: u64 = 3_500;
@@ -158,6 +167,8 @@ pub(crate) enum Hold<'a> {
 enum Place {
     /// At home, not held.
     Home,
+    /// On its way to staging: only the page tables know where it is.
+    Moving,
     /// In staging, or held in place.
     Held,
     /// A frame has been mapped over it.
@@ -196,6 +207,10 @@ pub(crate) struct Windows {
     clean: bool,
     /// Windows opened since the engine was made.
     pub(crate) opened: u64,
+    /// Runs that are still registered for missing pages, because the kernel did not take them out:
+    /// whoever touches an absent page there would wait for ever, so it is asked again before one can
+    /// come to be. Has room for [`UNCLOSED`], so that noting one allocates nothing.
+    pub(crate) unclosed: Vec<Span>,
 }
 
 impl Windows {
@@ -222,7 +237,14 @@ impl Windows {
             tables: vec![Entry::default(); 2 * MAX_PAGES],
             clean: true,
             opened: 0,
+            unclosed: Vec::with_capacity(UNCLOSED),
         })
+    }
+
+    /// Makes room for noting runs again, outside of windows.
+    pub(crate) fn reserve_unclosed(&mut self) {
+        let room = UNCLOSED.max(self.unclosed.len());
+        self.unclosed.reserve(room - self.unclosed.len());
     }
 
     fn neighbours(&self, jobs: &[Job], at: usize) -> bool {
@@ -335,10 +357,15 @@ impl Windows {
             pagemap: &self.pagemap,
             tables: &mut self.tables,
             clean: &mut self.clean,
+            unclosed: &mut self.unclosed,
         };
         open.hold_still();
+        let calm = {
+            let _phase = enter(Phase::WindowBarrier);
+            matches!(hold, Hold::Nothing) || self.lock.wait_for_readers().is_ok()
+        };
         // Without the barrier nothing may be believed: everything goes back.
-        if matches!(hold, Hold::Nothing) || self.lock.wait_for_readers().is_ok() {
+        if calm {
             open.compare();
             open.replace();
         }
@@ -361,6 +388,7 @@ struct OpenWindow<'a> {
     pagemap: &'a Pagemap,
     tables: &'a mut [Entry],
     clean: &'a mut bool,
+    unclosed: &'a mut Vec<Span>,
 }
 
 impl OpenWindow<'_> {
@@ -373,6 +401,7 @@ impl OpenWindow<'_> {
     }
 
     fn hold_still(&mut self) {
+        let _phase = enter(Phase::WindowOpen);
         match self.hold {
             Hold::Nothing => self.places.fill(Place::Held),
             Hold::Watched(watches) => {
@@ -404,8 +433,9 @@ impl OpenWindow<'_> {
         let Err(stop) = uffd.register(span, Modes::Both) else {
             return true;
         };
-        let _ = uffd.unregister(span);
-        if tracked {
+        if uffd.unregister(span).is_err() {
+            self.note_unclosed(span);
+        } else if tracked {
             // Where it fails, digests decide.
             let _ = uffd.register(span, Modes::WriteProtect);
         }
@@ -418,6 +448,14 @@ impl OpenWindow<'_> {
             job.verdict = verdict;
         }
         false
+    }
+
+    /// The kernel has not taken `span` out of MISSING.
+    fn note_unclosed(&mut self, span: Span) {
+        // Beyond this room, thousands of runs, it is given up.
+        if self.unclosed.len() < self.unclosed.capacity() && !self.unclosed.contains(&span) {
+            self.unclosed.push(span);
+        }
     }
 
     fn move_out(&mut self, uffd: &Userfaultfd, run: Run) {
@@ -434,6 +472,8 @@ impl OpenWindow<'_> {
             }
             let there = self.group(at, end, |place| place == Place::Home);
             let to = if one_by_one { at + 1 } else { there };
+            // Should anything panic before what the kernel did is noted, they are looked for.
+            self.places[at..to].fill(Place::Moving);
             let moved = self
                 .live(at, to - at)
                 .move_out(uffd, staging, at * self.page);
@@ -442,6 +482,7 @@ impl OpenWindow<'_> {
                 at = to;
                 continue;
             };
+            self.places[at..to].fill(Place::Home);
             let several = to - at > 1;
             let told = at + moved.bytes / self.page;
             let first = self.believe_the_page_tables(staging, at, told, to);
@@ -543,6 +584,7 @@ impl OpenWindow<'_> {
     }
 
     fn compare(&mut self) {
+        let _phase = enter(Phase::WindowCompare);
         let moved = matches!(self.hold, Hold::Moved { .. });
         for (at, job) in self.jobs.iter_mut().enumerate() {
             if self.places[at] != Place::Held || job.verdict != Verdict::Untried {
@@ -566,6 +608,7 @@ impl OpenWindow<'_> {
 
     /// Puts frames and zero pages in the place of what was found equal, a run at a time.
     fn replace(&mut self) {
+        let _phase = enter(Phase::WindowReplace);
         for at in 0..self.runs.len() {
             let run = self.runs[at];
             let end = run.first + run.pages;
@@ -631,7 +674,9 @@ impl OpenWindow<'_> {
         (from..end).find(|&at| !is(self.places[at])).unwrap_or(end)
     }
 
+    /// Can be called again if it has panicked: it goes on with what is not at home yet.
     fn close(&mut self) {
+        let _phase = enter(Phase::WindowClose);
         match self.hold {
             Hold::Nothing => {}
             Hold::Watched(watches) => {
@@ -663,6 +708,11 @@ impl OpenWindow<'_> {
         let end = run.first + run.pages;
         let mut at = run.first;
         while at < end {
+            if self.places[at] == Place::Moving {
+                *self.clean = false;
+                self.put_one_back(uffd, staging, at);
+                self.places[at] = Place::Home;
+            }
             let held = self.group(at, end, |place| place == Place::Held);
             if held > at {
                 self.put_back(uffd, staging, at, held - at);
@@ -674,7 +724,10 @@ impl OpenWindow<'_> {
             let mapped = self.group(at, end, |place| place == Place::Mapped);
             let open = self.group(mapped, end, |place| place != Place::Mapped);
             if open > mapped {
-                stop_waiting(uffd, self.live(mapped, open - mapped).span(), tracked);
+                let span = self.live(mapped, open - mapped).span();
+                if !stop_waiting(uffd, span, tracked) {
+                    self.note_unclosed(span);
+                }
             }
             at = open;
         }
@@ -703,6 +756,7 @@ impl OpenWindow<'_> {
 
     fn put_one_back(&self, uffd: &Userfaultfd, staging: &Mapping, at: usize) {
         let (live, away) = (self.live(at, 1), staging.span().page_run(at, 1).start);
+        let home = live.span();
         let mut refused = 0;
         loop {
             // A copy of an empty place in staging would be a page of zeroes.
@@ -712,22 +766,48 @@ impl OpenWindow<'_> {
                 return;
             }
             match live.copy_back(uffd, staging, at * self.page).stopped {
-                // Done. Or the owner has unmapped it, or the process is ending: nobody misses it.
-                None | Some(FillStop::Missing | FillStop::WrongMapping | FillStop::Exiting) => {
-                    return;
+                None => return,
+                // It is back already, if the page tables say so, too.
+                Some(FillStop::Present) => {
+                    if self.pagemap.entry(home.start).is_ok_and(|e| !is_empty(e)) {
+                        return;
+                    }
                 }
-                // It is back already, if the page tables say so once more.
-                Some(FillStop::Present) if refused == READING_TRIES => return,
-                Some(FillStop::Present) => refused += 1,
-                Some(_) => process::give_way(),
+                // The owner has unmapped it, or mapped something else there, or the process is
+                // ending: nobody misses it.
+                Some(FillStop::Missing | FillStop::WrongMapping | FillStop::Exiting) => {
+                    refused += 1;
+                    if refused == RETURNING_TRIES || !mapping::is_mapped(home) {
+                        return;
+                    }
+                }
+                Some(_) => {}
             }
+            process::give_way();
         }
     }
 }
 
 impl Drop for OpenWindow<'_> {
     fn drop(&mut self) {
-        self.close();
+        let mut closed = catch_unwind(AssertUnwindSafe(|| self.close()));
+        for _ in 0..CLOSING_PANICS {
+            if closed.is_ok() {
+                return;
+            }
+            // A bug of ours, but not one that may cost the program its pages: the rest is done.
+            *self.clean = false;
+            let again = catch_unwind(AssertUnwindSafe(|| self.close()));
+            if again.is_ok() {
+                break;
+            }
+            closed = again;
+        }
+        if let Err(panic) = closed
+            && !std::thread::panicking()
+        {
+            resume_unwind(panic);
+        }
     }
 }
 
@@ -741,11 +821,19 @@ pub(crate) fn mapped_over(
 ) -> Result<(), MapStop> {
     loop {
         match act() {
-            Err(MapStop::NoMemory) if maps.at(place.span().start) == Err(QueryStop::NotMapped) => {
-                process::give_way();
-            }
+            Err(MapStop::NoMemory) if is_hole(maps, place) => process::give_way(),
             other => return other,
         }
+    }
+}
+
+/// Whether nothing is mapped there any more.
+fn is_hole(maps: &Procmap, place: Live) -> bool {
+    match maps.at(place.span().start) {
+        Ok(_) => false,
+        Err(QueryStop::NotMapped) => true,
+        // Before Linux 6.11 this cannot be asked like that.
+        Err(_) => !mapping::is_mapped(place.span()),
     }
 }
 
@@ -772,16 +860,22 @@ fn is_empty(entry: Entry) -> bool {
     !entry.is_present() && !entry.is_swapped()
 }
 
-/// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again.
-fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) {
+/// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again. Says
+/// whether that was done.
+fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) -> bool {
     // Closing exactly what was opened needs no room. If the kernel says otherwise, trying again for a
     // while is all there is; all pages are back, so what stays registered harms nobody until the
-    // owner discards one of them. Any other answer means that it is done, or not mapped as it was.
+    // owner discards one of them. Any other answer means that it is not mapped as it was.
     let mut tries = 0;
-    while let Err(RegisterStop::NoMemory) = uffd.unregister(span) {
+    while let Err(stop) = uffd.unregister(span) {
         tries += 1;
-        if tries == CLOSING_TRIES {
-            break;
+        let most = if stop == RegisterStop::NoMemory {
+            CLOSING_TRIES
+        } else {
+            READING_TRIES
+        };
+        if tries >= most {
+            return false;
         }
         process::give_way();
     }
@@ -789,4 +883,5 @@ fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) {
         // If it fails, these pages are judged by their digests from now on.
         let _ = uffd.register(span, Modes::WriteProtect);
     }
+    true
 }

@@ -26,6 +26,7 @@ use crate::error::Error;
 use crate::fork::{self, Gate};
 use crate::sys;
 use crate::sys::leaked::Leaked;
+use crate::sys::phase::{Phase, enter};
 use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -168,7 +169,24 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "a panic without a message".into())
 }
 
+/// Somebody starts the thread. Also a panic gives the gate free: every fork waits for it.
+struct Starting(());
+
+impl Starting {
+    fn begin() -> Self {
+        hold_start();
+        Self(())
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        free_start();
+    }
+}
+
 fn start() -> Result<Sender<Job>, Error> {
+    let _phase = enter(Phase::Start);
     fork::watch_forks()?;
     let (jobs, inbox) = mpsc::channel::<Job>();
     let (ready, started) = mpsc::channel();
@@ -196,8 +214,8 @@ fn sender() -> Result<Sender<Job>, Error> {
     if let Some(worker) = own() {
         return Ok(worker.jobs.clone());
     }
-    hold_start();
-    let made = match own() {
+    let _starting = Starting::begin();
+    match own() {
         Some(worker) => Ok(worker.jobs.clone()),
         None => start().inspect(|jobs| {
             WORKER.set(Worker {
@@ -205,9 +223,7 @@ fn sender() -> Result<Sender<Job>, Error> {
                 jobs: jobs.clone(),
             });
         }),
-    };
-    free_start();
-    made
+    }
 }
 
 /// Runs `work` on the merging thread and waits for its result.

@@ -8,6 +8,7 @@ use crate::restore::Restore;
 use crate::settings::Barrier;
 use crate::sys::Span;
 use crate::sys::live::Live;
+use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::QueryStop;
 use crate::sys::uffd::Modes;
 use crate::window::MAX_PAGES;
@@ -40,6 +41,7 @@ impl LinuxSpace {
     /// anonymous memory, the others (and all, where nothing holds writers off) are populated in place
     /// (finding F3).
     pub(super) fn unshare(&mut self, requests: &[Request], outcomes: &mut [Attempt<()>]) {
+        let _phase = enter(Phase::Unshare);
         let mut pages: Vec<Parting> = Vec::new();
         for (at, request) in requests.iter().enumerate() {
             if let Request::Unshare { page, frame } = *request {

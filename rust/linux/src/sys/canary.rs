@@ -94,7 +94,7 @@ impl Canaries {
 }
 
 fn seal(file: &Memfd) -> Result<(), Errno> {
-    checked(Call::Fcntl, || {
+    checked(Call::SealWrite, || {
         // SAFETY: seals our own file, of which no page is mapped or held by us.
         i64::from(unsafe { libc::fcntl(file.raw(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) })
     })

@@ -14,7 +14,7 @@
 use super::mapping::{self, Advice, AdviseStop, MapStop, Mapping};
 use super::memfd::{Memfd, WriteStop};
 use super::uffd::{FillStop, MoveStop, Userfaultfd, Wake};
-use super::{Call, Errno, Progress, Span, checked_uninterrupted, memory, to_usize};
+use super::{Call, Errno, Progress, Span, asked, checked, checked_uninterrupted, memory, to_usize};
 use crate::hash::PageHasher;
 use pagemerge_core::Digest;
 use std::cmp::Ordering;
@@ -71,20 +71,22 @@ impl Live {
         let page = self.0.as_mut_ptr();
         let mut node: i32 = -1;
         let (pages, nodes) = ((&raw const page), (&raw mut node));
-        // SAFETY: without a list of nodes the call moves nothing: it reads one address and writes
-        // one number, both ours.
-        let got = unsafe {
-            libc::syscall(
-                libc::SYS_move_pages,
-                0,
-                1,
-                pages,
-                std::ptr::null::<i32>(),
-                nodes,
-                0,
-            )
-        };
-        (got == 0).then(|| u16::try_from(node).ok()).flatten()
+        let got = checked(Call::MovePages, || {
+            // SAFETY: without a list of nodes the call moves nothing: it reads one address and
+            // writes one number, both ours.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_move_pages,
+                    0,
+                    1,
+                    pages,
+                    std::ptr::null::<i32>(),
+                    nodes,
+                    0,
+                )
+            }
+        });
+        got.ok().and_then(|_| u16::try_from(node).ok())
     }
 
     /// Whether all of it is zero.
@@ -139,7 +141,7 @@ impl Live {
         };
         let remote = libc::iovec {
             iov_base: self.0.as_mut_ptr().cast(),
-            iov_len: self.0.len,
+            iov_len: asked(Call::ProcessVmReadv, self.0.len, 1),
         };
         let me = i32::try_from(std::process::id()).unwrap_or(0);
         let (to, from) = (&raw const local, &raw const remote);

@@ -5,7 +5,7 @@
 //! and so gives every merged page its own copy again. [`Advice::PopulateRead`] is the right call.
 
 use super::memfd::Memfd;
-use super::{Call, Span, checked, outcomes, page_size, to_off};
+use super::{Call, Errno, Span, checked, outcomes, page_size, to_off};
 use std::cell::Cell;
 use std::os::fd::RawFd;
 
@@ -79,7 +79,7 @@ pub(crate) enum Sharing {
 }
 
 macro_rules! advices {
-    ($($(#[$meta:meta])* $name:ident = $value:expr),* $(,)?) => {
+    ($($(#[$meta:meta])* $name:ident = $value:expr, $call:ident;)*) => {
         /// What the kernel is told about a range, by the name of its `MADV_` constant.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Advice { $($(#[$meta])* $name),* }
@@ -89,34 +89,39 @@ macro_rules! advices {
             fn number(self) -> i32 {
                 match self { $($(#[$meta])* Self::$name => $value),* }
             }
+
+            #[allow(unused_doc_comments, reason = "as above")]
+            fn call(self) -> Call {
+                match self { $($(#[$meta])* Self::$name => Call::$call),* }
+            }
         }
     };
 }
 
 advices! {
     /// Throws the pages away; the next touch finds zeroes, or the file.
-    DontNeed = libc::MADV_DONTNEED,
+    DontNeed = libc::MADV_DONTNEED, MadviseDontNeed;
     /// Children do not get it.
-    DontFork = libc::MADV_DONTFORK,
+    DontFork = libc::MADV_DONTFORK, MadviseFork;
     /// Children get it (the default).
-    DoFork = libc::MADV_DOFORK,
+    DoFork = libc::MADV_DOFORK, MadviseFork;
     /// Children find zeroes.
     #[cfg(test)]
-    WipeOnFork = libc::MADV_WIPEONFORK,
+    WipeOnFork = libc::MADV_WIPEONFORK, MadviseOther;
     /// Not in core dumps.
     #[cfg(test)]
-    DontDump = libc::MADV_DONTDUMP,
+    DontDump = libc::MADV_DONTDUMP, MadviseOther;
     /// Huge pages welcome.
-    HugePage = libc::MADV_HUGEPAGE,
+    HugePage = libc::MADV_HUGEPAGE, MadviseHuge;
     /// No huge pages.
-    NoHugePage = libc::MADV_NOHUGEPAGE,
+    NoHugePage = libc::MADV_NOHUGEPAGE, MadviseHuge;
     /// Maps every page for reading.
-    PopulateRead = 22,
+    PopulateRead = 22, MadvisePopulate;
     /// Maps every page for writing: each gets its own copy.
-    PopulateWrite = 23,
+    PopulateWrite = 23, MadvisePopulate;
     /// Turns the pages into guard pages (Linux 6.13).
     #[cfg(test)]
-    GuardInstall = 102,
+    GuardInstall = 102, MadviseOther;
 }
 
 /// Memory of our own. Unmapped when dropped.
@@ -135,7 +140,7 @@ impl Mapping {
     pub(crate) fn anonymous(len: usize, protection: Protection) -> Result<Self, MapStop> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
-        unsafe { map(0, len, protection, flags, -1, 0) }.map(|span| Self { span })
+        unsafe { map(Call::MmapOwn, 0, len, protection, flags, -1, 0) }.map(|span| Self { span })
     }
 
     /// `len` bytes of `file` from `offset` on.
@@ -155,7 +160,18 @@ impl Mapping {
             Sharing::Shared => libc::MAP_SHARED,
         };
         // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
-        unsafe { map(0, len, protection, flags, file.raw(), offset) }.map(|span| Self { span })
+        let got = unsafe {
+            map(
+                Call::MmapFile,
+                0,
+                len,
+                protection,
+                flags,
+                file.raw(),
+                offset,
+            )
+        };
+        got.map(|span| Self { span })
     }
 
     /// Where it lies.
@@ -291,6 +307,7 @@ pub(crate) unsafe fn map_frames(over: Span, file: &Memfd, offset: u64) -> Result
     // is sealed, and the range lies inside (just checked), so no later access can raise SIGBUS.
     unsafe {
         map(
+            Call::MmapFrames,
             over.start,
             over.len,
             Protection::ReadWrite,
@@ -311,8 +328,9 @@ pub(crate) unsafe fn map_frames(over: Span, file: &Memfd, offset: u64) -> Result
 /// As [`map_frames`].
 pub(crate) unsafe fn map_fresh(over: Span) -> Result<(), MapStop> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let rw = Protection::ReadWrite;
     // SAFETY: the caller's promise is what MAP_FIXED demands.
-    unsafe { map(over.start, over.len, Protection::ReadWrite, flags, -1, 0) }.map(drop)
+    unsafe { map(Call::MmapFresh, over.start, over.len, rw, flags, -1, 0) }.map(drop)
 }
 
 /// Unmaps `span`.
@@ -367,6 +385,17 @@ pub(crate) unsafe fn relocate(from: Span, to: usize) -> Result<(), MapStop> {
     .map_err(MapStop::decode)
 }
 
+/// Whether anything is mapped at the first page of `span`. What cannot be found out counts as mapped.
+pub(crate) fn is_mapped(span: Span) -> bool {
+    let mut resident = 0_u8;
+    let got = checked(Call::Mincore, || {
+        let into = &raw mut resident;
+        // SAFETY: the kernel writes one byte, for one page, to ours; it touches nothing else.
+        i64::from(unsafe { libc::mincore(span.as_void(), page_size(), into) })
+    });
+    got != Err(Errno(libc::ENOMEM))
+}
+
 /// Tells the kernel about foreign memory.
 ///
 /// # Errors
@@ -376,7 +405,7 @@ pub(crate) unsafe fn relocate(from: Span, to: usize) -> Result<(), MapStop> {
 /// All who use that memory can live with what the advice does to its bytes and attributes, and it
 /// stays mapped during the call. ([`Advice::PopulateRead`] and `PopulateWrite` change no byte.)
 pub(crate) unsafe fn advise(span: Span, advice: Advice) -> Result<(), AdviseStop> {
-    checked(Call::Madvise, || {
+    checked(advice.call(), || {
         // SAFETY: the caller's promise.
         i64::from(unsafe { libc::madvise(span.as_void(), span.len, advice.number()) })
     })
@@ -387,6 +416,7 @@ pub(crate) unsafe fn advise(span: Span, advice: Advice) -> Result<(), AdviseStop
 /// # Safety
 /// With `MAP_FIXED` in `flags`, what is mapped at `start` may be lost.
 unsafe fn map(
+    call: Call,
     start: usize,
     len: usize,
     protection: Protection,
@@ -396,7 +426,7 @@ unsafe fn map(
 ) -> Result<Span, MapStop> {
     let hint = Span { start, len };
     let offset = to_off(offset);
-    let got = checked(Call::Mmap, || {
+    let got = checked(call, || {
         // SAFETY: the caller's promise. MAP_FAILED is -1, as `checked` expects.
         let got =
             unsafe { libc::mmap(hint.as_void(), len, protection.bits(), flags, file, offset) };
@@ -416,7 +446,7 @@ pub(crate) mod kinds {
 
     /// Private memory with extra `mmap` flags.
     pub(crate) fn with_flags(len: usize, protection: i32, flags: i32) -> Result<Span, Errno> {
-        checked(Call::Mmap, || {
+        checked(Call::MmapKind, || {
             // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
             let got = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
             got as i64

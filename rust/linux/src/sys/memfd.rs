@@ -11,7 +11,8 @@
 //! some 600 bytes of kernel memory beside its page; in a dense range 10.
 
 use super::{
-    Call, Descriptor, Progress, Span, checked, checked_uninterrupted, outcomes, to_off, to_usize,
+    Call, Descriptor, Progress, Span, asked, checked, checked_uninterrupted, files, outcomes,
+    to_off, to_usize,
 };
 use std::ffi::CStr;
 use std::os::fd::RawFd;
@@ -71,7 +72,7 @@ impl Memfd {
     pub(crate) fn create(name: &CStr, len: u64) -> Result<Self, CreateStop> {
         let made = Self::unsealed(name, len)?;
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        checked(Call::Fcntl, || {
+        checked(Call::SealSize, || {
             // SAFETY: seals our own file.
             i64::from(unsafe { libc::fcntl(made.raw(), libc::F_ADD_SEALS, seals) })
         })
@@ -138,7 +139,7 @@ impl Memfd {
         self.assert_inside(offset, from.len);
         let mut done = 0;
         while done < from.len {
-            let rest = from.part(done, from.len - done);
+            let rest = from.part(done, asked(Call::Pwrite, from.len - done, 1));
             let at = to_off(offset + done as u64);
             let wrote = checked_uninterrupted(Call::Pwrite, || {
                 // SAFETY: the kernel reads `rest`, which the caller keeps mapped, and copes with
@@ -179,7 +180,7 @@ impl Memfd {
         while done < into.len() {
             let rest = &mut into[done..];
             let at = to_off(offset + done as u64);
-            let got = checked_uninterrupted(Call::Pread, || {
+            let got = checked_uninterrupted(Call::PreadFrames, || {
                 // SAFETY: `rest` is ours to write for the whole call.
                 let got =
                     unsafe { libc::pread(self.raw(), rest.as_mut_ptr().cast(), rest.len(), at) };
@@ -239,7 +240,7 @@ impl Memfd {
 /// then take 2 MiB.
 pub(crate) fn huge_pages_by_default() -> bool {
     // Where the file is not there, huge pages are not either.
-    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").is_ok_and(|text| {
+    files::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").is_ok_and(|text| {
         ["[always]", "[within_size]", "[force]"]
             .iter()
             .any(|on| text.contains(on))

@@ -20,6 +20,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod canary;
+pub(crate) mod files;
 #[cfg(feature = "inject")]
 pub mod inject;
 pub(crate) mod leaked;
@@ -28,6 +29,7 @@ pub(crate) mod mapping;
 pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
+pub(crate) mod phase;
 pub(crate) mod process;
 pub(crate) mod procmap;
 pub(crate) mod sparse;
@@ -303,7 +305,8 @@ impl<S> Progress<S> {
 
 macro_rules! calls {
     ($($(#[$meta:meta])* $name:ident),* $(,)?) => {
-        /// The system calls that can be told to fail (feature `inject`), by name.
+        /// The calls that can be told to fail (feature `inject`), by name: one for each place in this
+        /// module where one is made, so that a name is a site.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(usize)]
         enum Call { $($(#[$meta])* $name),* }
@@ -317,24 +320,39 @@ macro_rules! calls {
 }
 
 calls! {
-    Mmap,
+    // Mappings, by what they are for.
+    MmapOwn,
+    MmapFile,
+    MmapFrames,
+    MmapFresh,
     Munmap,
     Mremap,
     #[cfg(test)]
     Mprotect,
-    Madvise,
+    #[cfg(test)]
+    MmapKind,
+    MadviseDontNeed,
+    MadviseFork,
+    MadviseHuge,
+    MadvisePopulate,
+    Mincore,
+    #[cfg(test)]
+    MadviseOther,
+    // Frames.
     MemfdCreate,
+    SealSize,
+    SealWrite,
     Ftruncate,
-    Fcntl,
     Fallocate,
     Fstat,
     Pwrite,
-    Pread,
-    Open,
-    Read,
-    Poll,
-    Eventfd,
+    #[cfg(test)]
+    PreadFrames,
+    ProcessVmReadv,
+    // userfaultfd.
     Userfaultfd,
+    OpenDevice,
+    UserfaultfdOfDevice,
     UffdApi,
     UffdRegister,
     UffdUnregister,
@@ -342,38 +360,81 @@ calls! {
     UffdCopy,
     UffdZeropage,
     UffdWriteprotect,
+    UffdHelperWriteprotect,
     UffdWake,
+    UffdRead,
+    Poll,
+    Eventfd,
+    EventfdWrite,
+    EventfdRead,
+    // What pages and mappings are.
+    OpenPagemap,
     PagemapScan,
+    PagemapRead,
+    OpenProcmap,
     ProcmapQuery,
+    MovePages,
+    GetMempolicy,
+    // The process and its threads.
     CloseRange,
+    OpenNull,
+    MemfdNull,
     GetRobustList,
     Getrlimit,
     ClockGettime,
     Sigmask,
     Getrandom,
+    Atfork,
+    SpawnMerging,
+    SpawnHelper,
+    SpawnHashing,
+    // Files.
+    FileText,
+    FileLink,
+    FileMetadata,
+    FileOwnMetadata,
+    FileOpenMetadata,
+    FileOpen,
+    FileRead,
+    FileOpenWith,
+    FileReadAt,
+    Directory,
+    DirectoryEntry,
     Lseek,
-    GetMempolicy,
-    ProcessVmReadv,
+    // No call: the beginning of a phase.
+    #[cfg(feature = "inject")]
+    Enter,
     #[cfg(all(test, feature = "inject"))]
     Nothing,
 }
 
-/// The one place through which every fallible call goes: lets an injected failure take its place,
-/// and reads `errno` while it is fresh.
+/// The one place through which every call goes that can fail: with the feature `inject`, lets what is
+/// planned for it happen.
 #[inline]
-fn checked(call: Call, run: impl FnOnce() -> i64) -> Result<i64, Errno> {
+fn through<T, E>(
+    call: Call,
+    run: impl FnOnce() -> Result<T, E>,
+    failure: impl FnOnce(Errno) -> E,
+) -> Result<T, E> {
     #[cfg(feature = "inject")]
-    if let Some(errno) = inject::forced(call) {
-        return Err(errno);
+    {
+        inject::around(call, run, failure)
     }
     #[cfg(not(feature = "inject"))]
-    let _ = call;
-    let got = run();
-    if got == -1 {
-        Err(Errno::last())
-    } else {
-        Ok(got)
+    {
+        let _ = (call, failure);
+        run()
     }
+}
+
+/// Makes a system call, and reads `errno` while it is fresh.
+#[inline]
+fn checked(call: Call, run: impl FnOnce() -> i64) -> Result<i64, Errno> {
+    let run = || match run() {
+        -1 => Err(Errno::last()),
+        got => Ok(got),
+    };
+    through(call, run, |errno| errno)
 }
 
 /// [`checked`], again for as long as a signal cuts it short.
@@ -383,6 +444,45 @@ fn checked_uninterrupted(call: Call, mut run: impl FnMut() -> i64) -> Result<i64
             Err(Errno(libc::EINTR)) => {}
             other => return other,
         }
+    }
+}
+
+/// The same for what the standard library calls.
+fn fallible<T>(call: Call, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    through(call, run, io::Error::from)
+}
+
+/// For calls that tell their failure by their result: pthread functions.
+fn numbered(call: Call, run: impl FnOnce() -> i32) -> Result<(), Errno> {
+    let run = || match run() {
+        0 => Ok(()),
+        number => Err(Errno(number)),
+    };
+    through(call, run, |errno| errno)
+}
+
+/// Does it again for as long as a signal cuts it short.
+fn uninterrupted<T>(mut run: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match run() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+/// How much of `len` a call is asked for, in multiples of `unit`: all of it, unless a test has planned
+/// that it does a part.
+#[inline]
+fn asked(call: Call, len: usize, unit: usize) -> usize {
+    #[cfg(feature = "inject")]
+    {
+        inject::shortened(call, len, unit)
+    }
+    #[cfg(not(feature = "inject"))]
+    {
+        let _ = (call, unit);
+        len
     }
 }
 

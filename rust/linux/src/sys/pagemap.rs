@@ -10,8 +10,8 @@
 //! 2 ns a page for a scan; runs of pages of the same categories come as one region.
 
 use super::{
-    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, checked_uninterrupted, ioctl, ioctl_number,
-    outcomes, page_size, to_off, to_usize,
+    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, asked, checked_uninterrupted, ioctl,
+    ioctl_number, outcomes, page_size, to_off, to_usize,
 };
 use std::mem::{offset_of, size_of};
 use std::ops::BitOr;
@@ -244,7 +244,7 @@ impl Pagemap {
     }
 
     fn open(path: &std::ffi::CStr) -> Result<Self, Errno> {
-        let fd = checked_uninterrupted(Call::Open, || {
+        let fd = checked_uninterrupted(Call::OpenPagemap, || {
             // SAFETY: `path` is a C string for the whole call.
             i64::from(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })
         })?;
@@ -287,7 +287,7 @@ impl Pagemap {
             } else {
                 into.as_mut_ptr().expose_provenance() as u64
             },
-            vec_len: into.len() as u64,
+            vec_len: asked(Call::PagemapScan, into.len(), 1) as u64,
             max_pages: query.max_pages,
             category_inverted: query.inverted.0,
             category_mask: query.all_of.0,
@@ -313,15 +313,23 @@ impl Pagemap {
     /// # Errors
     /// Of the read.
     pub(crate) fn entries(&self, start: usize, into: &mut [Entry]) -> Result<usize, Errno> {
-        let at = to_off((start / page_size() * size_of::<Entry>()) as u64);
-        let got = checked_uninterrupted(Call::Pread, || {
-            let bytes = size_of_val(into);
-            // SAFETY: the kernel writes whole entries to `into`, which is plain data, and no more
-            // bytes than it has.
-            let got = unsafe { libc::pread(self.raw(), into.as_mut_ptr().cast(), bytes, at) };
-            got as i64
-        })?;
-        Ok(to_usize(got) / size_of::<Entry>())
+        let mut done = 0;
+        while done < into.len() {
+            let at = to_off(((start / page_size() + done) * size_of::<Entry>()) as u64);
+            let rest = &mut into[done..];
+            let bytes = asked(Call::PagemapRead, size_of_val(rest), size_of::<Entry>());
+            let got = checked_uninterrupted(Call::PagemapRead, || {
+                // SAFETY: the kernel writes whole entries to `rest`, which is plain data, and no
+                // more bytes than it has.
+                let got = unsafe { libc::pread(self.raw(), rest.as_mut_ptr().cast(), bytes, at) };
+                got as i64
+            })?;
+            match to_usize(got) / size_of::<Entry>() {
+                0 => break,
+                read => done += read,
+            }
+        }
+        Ok(done)
     }
 
     /// The entry of the page at `address`.
@@ -330,8 +338,11 @@ impl Pagemap {
     /// Of the read.
     pub(crate) fn entry(&self, address: usize) -> Result<Entry, Errno> {
         let mut one = [Entry::default()];
-        self.entries(address, &mut one)?;
-        Ok(one[0])
+        match self.entries(address, &mut one)? {
+            // Nothing read is not "nothing there".
+            0 => Err(Errno(libc::EIO)),
+            _ => Ok(one[0]),
+        }
     }
 }
 

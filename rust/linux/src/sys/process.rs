@@ -1,6 +1,6 @@
 //! What the merging thread does to itself, and what it asks about its process.
 
-use super::{Call, Errno, checked, checked_uninterrupted, outcomes};
+use super::{Call, Errno, checked, checked_uninterrupted, numbered, outcomes};
 use std::time::Duration;
 
 outcomes! {
@@ -43,12 +43,12 @@ pub(crate) unsafe fn own_descriptor_table() -> Result<(), TableStop> {
     for _ in 0..3 {
         // Anything will do that keeps 0, 1 and 2 from becoming one of our files, at which a stray
         // message to standard error would be written.
-        let null = checked_uninterrupted(Call::Open, || {
+        let null = checked_uninterrupted(Call::OpenNull, || {
             // SAFETY: the path is a C string.
             i64::from(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) })
         });
         null.or_else(|_| {
-            checked(Call::MemfdCreate, || {
+            checked(Call::MemfdNull, || {
                 // SAFETY: the name is a C string.
                 unsafe { libc::syscall(libc::SYS_memfd_create, c"null".as_ptr(), 0) }
             })
@@ -192,16 +192,11 @@ impl Drop for SignalsBlocked {
 fn mask(how: i32, set: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
     // SAFETY: all zero is a valid signal set, which is plain data.
     let mut before: libc::sigset_t = unsafe { std::mem::zeroed() };
-    let got = checked(Call::Sigmask, || {
+    numbered(Call::Sigmask, || {
         // SAFETY: reads one signal set and writes one, both ours.
-        i64::from(unsafe { libc::pthread_sigmask(how, set, &raw mut before) })
+        unsafe { libc::pthread_sigmask(how, set, &raw mut before) }
     })?;
-    // This call returns its error instead of setting errno.
-    match i32::try_from(got) {
-        Ok(0) => Ok(before),
-        Ok(number) => Err(Errno(number)),
-        Err(_) => Err(Errno(libc::EINVAL)),
-    }
+    Ok(before)
 }
 
 /// A number that nobody can guess.
@@ -246,11 +241,10 @@ pub(crate) unsafe fn at_fork(
             child: extern "C" fn(),
         ) -> i32;
     }
-    // SAFETY: our caller's promise.
-    match unsafe { pthread_atfork(prepare, parent, child) } {
-        0 => Ok(()),
-        number => Err(Errno(number)),
-    }
+    numbered(Call::Atfork, || {
+        // SAFETY: our caller's promise.
+        unsafe { pthread_atfork(prepare, parent, child) }
+    })
 }
 
 #[cfg(test)]

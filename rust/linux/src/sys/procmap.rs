@@ -73,7 +73,7 @@ impl Procmap {
     /// When `/proc` is not there, or descriptors are used up.
     pub(crate) fn own() -> Result<Self, Errno> {
         let path = c"/proc/self/maps";
-        let fd = checked_uninterrupted(Call::Open, || {
+        let fd = checked_uninterrupted(Call::OpenProcmap, || {
             // SAFETY: `path` is a C string.
             i64::from(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })
         })?;

@@ -73,11 +73,16 @@ impl Staged {
         let from = self.span.page_run(at, pages);
         let here = &self.here[at..at + pages];
         assert!(here.iter().all(|&here| here), "moved away before");
+        // Before the call: should anything panic in between, addresses that may be somebody else's
+        // are not unmapped.
+        self.here[at..at + pages].fill(false);
         // SAFETY: the place is its owner's by his promise, and its bytes are equal to these, as the
         // caller has seen while nobody could write; `from` is ours, whole, and given up here.
-        unsafe { mapping::relocate(from, place.span().start) }?;
-        self.here[at..at + pages].fill(false);
-        Ok(())
+        let moved = unsafe { mapping::relocate(from, place.span().start) };
+        if moved.is_err() {
+            self.here[at..at + pages].fill(true);
+        }
+        moved
     }
 }
 

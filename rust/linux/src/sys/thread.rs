@@ -1,10 +1,10 @@
 //! Threads of our own: the merging thread with its own descriptor table, and its helper.
 
-use super::Errno;
 use super::process::{self, SignalsBlocked, TableStop};
 use super::uffd::{UffdHelper, Userfaultfd, Waker, WakerHelper};
+use super::{Call, Errno, fallible};
 use std::io;
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 /// Starts a thread that no signal interrupts, and whose descriptor table holds nothing of the
 /// program's. `body` learns whether the table could be made; if not, it must return at once.
@@ -15,7 +15,7 @@ pub(crate) fn spawn_isolated(
     name: &str,
     body: impl FnOnce(Result<(), TableStop>) + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(name.into()).spawn(move || {
+    spawn(Call::SpawnMerging, name, move || {
         // It cannot fail; if it did, a signal handler of the program would run here now and then.
         let _signals = SignalsBlocked::new();
         // SAFETY: this thread has just begun, and `body` owns nothing that borrows a descriptor of
@@ -41,10 +41,32 @@ pub(crate) fn spawn_helper(
     let uffd = unsafe { uffd.helper() };
     // SAFETY: as above.
     let waker = unsafe { waker.helper() };
-    Builder::new().name(name.into()).spawn(move || {
+    spawn(Call::SpawnHelper, name, move || {
         // As above.
         let _signals = SignalsBlocked::new();
         body(&uffd, &waker);
+    })
+}
+
+fn spawn(
+    call: Call,
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    fallible(call, || Builder::new().name(name.into()).spawn(body))
+}
+
+/// Starts a thread for a part of the calling thread's work, within `scope`.
+///
+/// # Errors
+/// When no thread can be started.
+pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
+    name: &str,
+    scope: &'scope Scope<'scope, '_>,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, T>> {
+    fallible(Call::SpawnHashing, || {
+        Builder::new().name(name.into()).spawn_scoped(scope, body)
     })
 }
 

@@ -12,8 +12,9 @@
 //! Registering an exact run 3 us; moving 75 ns a page in long runs, 0.7 us alone.
 
 use super::{
-    Call, Descriptor, Errno, IOCTL_NONE, IOCTL_READ, IOCTL_READ_WRITE, Progress, Span, checked,
-    checked_uninterrupted, ioctl, ioctl_number, ioctl_request, outcomes, to_usize,
+    Call, Descriptor, Errno, IOCTL_NONE, IOCTL_READ, IOCTL_READ_WRITE, Progress, Span, asked,
+    checked, checked_uninterrupted, ioctl, ioctl_number, ioctl_request, outcomes, page_size,
+    to_usize,
 };
 use std::mem::{offset_of, size_of};
 use std::ops::BitOr;
@@ -319,14 +320,14 @@ impl Userfaultfd {
     }
 
     fn from_device(flags: i32) -> Result<i64, Errno> {
-        let device = checked_uninterrupted(Call::Open, || {
+        let device = checked_uninterrupted(Call::OpenDevice, || {
             let path = c"/dev/userfaultfd".as_ptr();
             // SAFETY: `path` is a C string.
             i64::from(unsafe { libc::open(path, libc::O_RDWR | libc::O_CLOEXEC) })
         })?;
         // SAFETY: the kernel has just given us this descriptor.
         let device = unsafe { Descriptor::own(device) };
-        checked(Call::Userfaultfd, || {
+        checked(Call::UserfaultfdOfDevice, || {
             // SAFETY: this ioctl takes the flags by value and makes a descriptor, nothing else.
             i64::from(unsafe {
                 libc::ioctl(device.raw(), ioctl_request(USERFAULTFD_IOC_NEW), flags)
@@ -421,20 +422,19 @@ impl Userfaultfd {
             } else {
                 0
             };
-        run_to_reason(from.len, |done| {
+        run_to_reason(Call::UffdMove, from.len, |done, len| {
             let (dst, src) = ((to + done) as u64, (from.start + done) as u64);
-            let len = (from.len - done) as u64;
             let mut argument = UffdioMove {
                 dst,
                 src,
-                len,
+                len: len as u64,
                 mode,
                 moved: 0,
             };
             // SAFETY: UFFDIO_MOVE takes this structure; what it does to memory is our caller's
             // promise.
             let got = unsafe { ioctl(Call::UffdMove, self.raw(), UFFDIO_MOVE, &mut argument) };
-            (got, argument.moved)
+            (got, really(argument.moved))
         })
         .map_stop(MoveStop::decode)
     }
@@ -457,20 +457,19 @@ impl Userfaultfd {
             } else {
                 0
             };
-        run_to_reason(from.len, |done| {
+        run_to_reason(Call::UffdCopy, from.len, |done, len| {
             let (dst, src) = ((to + done) as u64, (from.start + done) as u64);
-            let len = (from.len - done) as u64;
             let mut argument = UffdioCopy {
                 dst,
                 src,
-                len,
+                len: len as u64,
                 mode,
                 copy: 0,
             };
             // SAFETY: UFFDIO_COPY takes this structure; it reads `from`, which the caller keeps
             // mapped, and fills only absent pages of `to`, as the caller allows.
             let got = unsafe { ioctl(Call::UffdCopy, self.raw(), UFFDIO_COPY, &mut argument) };
-            (got, argument.copy)
+            (got, really(argument.copy))
         })
         .map_stop(FillStop::decode)
     }
@@ -485,8 +484,8 @@ impl Userfaultfd {
         } else {
             0
         };
-        run_to_reason(span.len, |done| {
-            let range = range(span.part(done, span.len - done));
+        run_to_reason(Call::UffdZeropage, span.len, |done, len| {
+            let range = range(span.part(done, len));
             let mut argument = UffdioZeropage {
                 range,
                 mode,
@@ -502,7 +501,7 @@ impl Userfaultfd {
                     &mut argument,
                 )
             };
-            (got, argument.zeropage)
+            (got, really(argument.zeropage))
         })
         .map_stop(FillStop::decode)
     }
@@ -642,7 +641,7 @@ impl UffdHelper {
         // SAFETY: UFFDIO_WRITEPROTECT takes this structure. It changes no byte of memory.
         let got = unsafe {
             ioctl(
-                Call::UffdWriteprotect,
+                Call::UffdHelperWriteprotect,
                 self.fd,
                 UFFDIO_WRITEPROTECT,
                 &mut argument,
@@ -677,9 +676,13 @@ impl Waker {
     pub(crate) fn wake(&self) {
         let one: u64 = 1;
         let from = (&raw const one).cast();
-        // SAFETY: the kernel reads 8 bytes of `one`. The only failure is a counter that is full,
-        // which wakes as well.
-        let _ = unsafe { libc::write(self.fd.raw(), from, 8) };
+        let wrote = checked_uninterrupted(Call::EventfdWrite, || {
+            // SAFETY: the kernel reads 8 bytes of `one`.
+            let got = unsafe { libc::write(self.fd.raw(), from, 8) };
+            got as i64
+        });
+        // The only failure left is a counter that is full, which wakes as well.
+        let _ = wrote;
     }
 
     /// Takes a wake-up back, so that the next wait waits again.
@@ -713,9 +716,13 @@ impl WakerHelper {
 fn clear(fd: RawFd) {
     let mut count: u64 = 0;
     let into = (&raw mut count).cast();
-    // SAFETY: the kernel writes 8 bytes to `count`. The only failure is that there is nothing to
-    // take back.
-    let _ = unsafe { libc::read(fd, into, 8) };
+    let read = checked_uninterrupted(Call::EventfdRead, || {
+        // SAFETY: the kernel writes 8 bytes to `count`.
+        let got = unsafe { libc::read(fd, into, 8) };
+        got as i64
+    });
+    // The only failure left is that there is nothing to take back.
+    let _ = read;
 }
 
 /// How a wait ended.
@@ -784,7 +791,7 @@ pub(crate) enum Event {
 }
 
 fn read_events(fd: RawFd, into: &mut [RawEvent]) -> Result<usize, Errno> {
-    let got = checked_uninterrupted(Call::Read, || {
+    let got = checked_uninterrupted(Call::UffdRead, || {
         // SAFETY: the kernel writes whole events to `into`, which is plain data, and no more bytes
         // than it has.
         let got = unsafe { libc::read(fd, into.as_mut_ptr().cast(), size_of_val(into)) };
@@ -841,20 +848,17 @@ impl Progress<Errno> {
 /// nothing, says why. EAGAIN without a part done means that the address space is being changed:
 /// that is worth a few tries, not more.
 fn run_to_reason(
+    call: Call,
     len: usize,
-    mut once: impl FnMut(usize) -> (Result<i64, Errno>, i64),
+    mut once: impl FnMut(usize, usize) -> (Result<i64, Errno>, i64),
 ) -> Progress<Errno> {
     let (mut done, mut tries) = (0, 0);
     while done < len {
-        let (result, part) = once(done);
+        let part = asked(call, len - done, page_size());
+        let (result, told) = once(done, part);
         match result {
-            Ok(_) => {
-                return Progress {
-                    bytes: len,
-                    stopped: None,
-                };
-            }
-            Err(errno) => match usize::try_from(part) {
+            Ok(_) => done += part,
+            Err(errno) => match usize::try_from(told) {
                 Ok(part) if part > 0 => done += part,
                 _ if errno.0 == libc::EAGAIN && tries < 3 => tries += 1,
                 _ => {
@@ -869,6 +873,19 @@ fn run_to_reason(
     Progress {
         bytes: done,
         stopped: None,
+    }
+}
+
+/// What the kernel says that it has done: nothing, where a test makes it lie.
+#[inline]
+fn really(told: i64) -> i64 {
+    #[cfg(feature = "inject")]
+    {
+        super::inject::told(told)
+    }
+    #[cfg(not(feature = "inject"))]
+    {
+        told
     }
 }
 

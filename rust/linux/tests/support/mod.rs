@@ -25,6 +25,7 @@
 
 pub(crate) mod busy;
 pub(crate) mod engines;
+pub(crate) mod faults;
 pub(crate) mod os;
 pub(crate) mod ring;
 
