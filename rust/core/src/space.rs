@@ -221,6 +221,8 @@ reasons! {
     NoMemory = "no_memory",
     /// An `O_DIRECT` file on a network file system is open: its I/O holds pages without pinning them.
     NetworkDirectIo = "network_direct_io",
+    /// `/proc` cannot be read any more, so nobody can tell what must not be merged.
+    ProcUnreadable = "proc_unreadable",
     /// Set aside by the caller.
     Excluded = "excluded",
     /// Not attempted, because the space failed before its turn.

@@ -5,6 +5,7 @@ use crate::mappings::{self, Mappings, Stretch};
 use crate::sys::procmap::{Procmap, QueryStop};
 use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
+use std::io;
 
 /// File systems whose `O_DIRECT` holds pages by plain references (finding F6).
 const NETWORK: [&str; 6] = ["nfs", "nfs4", "ceph", "9p", "cifs", "smb3"];
@@ -74,8 +75,11 @@ fn shows_frames(stretch: &Stretch) -> bool {
 
 /// What its owner has changed about registered memory, as of now: see [`Mappings::altered`].
 pub(crate) fn altered(span: Span) -> Vec<(Span, Reason)> {
-    // What cannot be asked counts as unchanged: the kernel refuses the worst of it itself.
-    Mappings::read(span).map_or_else(|_| Vec::new(), |read| read.altered(span))
+    // What cannot be looked at may have been changed.
+    Mappings::read(span).map_or_else(
+        |_| vec![(span, Reason::ProcUnreadable)],
+        |read| read.altered(span),
+    )
 }
 
 /// Why the kernel does not let this memory be moved or written, found after it refused.
@@ -121,8 +125,11 @@ pub(crate) fn has_pinned_pages() -> bool {
 }
 
 /// Whether the program has a file of a network file system open for `O_DIRECT`.
-pub(crate) fn network_direct_io() -> bool {
-    let mounts = files::read_to_string("/proc/self/mounts").unwrap_or_default();
+///
+/// # Errors
+/// When that cannot be told.
+pub(crate) fn network_direct_io() -> io::Result<bool> {
+    let mounts = files::read_to_string("/proc/self/mounts")?;
     let network: Vec<&str> = mounts
         .lines()
         .filter_map(|line| {
@@ -132,25 +139,31 @@ pub(crate) fn network_direct_io() -> bool {
         })
         .collect();
     if network.is_empty() {
-        return false;
+        return Ok(false);
     }
     // `/proc/self` is the process's first thread, whose descriptors are the program's.
-    let Ok(open) = files::read_dir("/proc/self/fd") else {
-        return false;
-    };
-    open.flatten().any(|entry| {
+    for entry in files::read_dir("/proc/self/fd")? {
+        let entry = entry?;
         let number = entry.file_name();
         let info = format!("/proc/self/fdinfo/{}", number.to_string_lossy());
-        let direct = files::read_to_string(info).is_ok_and(|text| {
-            text.lines()
-                .find_map(|line| line.strip_prefix("flags:"))
-                .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
-                .is_some_and(|flags| flags & libc::O_DIRECT != 0)
-        });
-        direct
-            && files::read_link(entry.path())
-                .is_ok_and(|path| network.iter().any(|place| path.starts_with(place)))
-    })
+        let looked = files::read_to_string(info)
+            .and_then(|info| Ok((info, files::read_link(entry.path())?)));
+        let (info, path) = match looked {
+            Ok(seen) => seen,
+            // It has been closed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let direct = info
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
+            .is_some_and(|flags| flags & libc::O_DIRECT != 0);
+        if direct && network.iter().any(|place| path.starts_with(place)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The last mapping that was found readable: looked up once for a run of pages.
@@ -197,13 +210,14 @@ impl<'a> Readable<'a> {
 
 /// Pages of `span` that hold threads' own records (finding F13): the kernel writes a thread's tid
 /// word there at its end, without waiting for any window.
-pub(crate) fn thread_records(span: Span) -> Vec<Span> {
+///
+/// # Errors
+/// When the list of threads cannot be read.
+pub(crate) fn thread_records(span: Span) -> io::Result<Vec<Span>> {
     let page = page_size();
-    let threads = files::read_dir("/proc/self/task")
+    let threads = files::read_dir("/proc/self/task")?.collect::<io::Result<Vec<_>>>()?;
+    let records = threads
         .into_iter()
-        .flatten()
-        .flatten();
-    threads
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         // The head of the list of robust mutexes lies in the record, 16 bytes from the tid word in
         // glibc, and never far.
@@ -212,6 +226,6 @@ pub(crate) fn thread_records(span: Span) -> Vec<Span> {
             let first = head.saturating_sub(NEAR) & !(page - 1);
             let end = ((head + NEAR) & !(page - 1)) + page;
             Span::between(first, end).intersection(span)
-        })
-        .collect()
+        });
+    Ok(records.collect())
 }

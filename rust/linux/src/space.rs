@@ -158,8 +158,8 @@ pub(crate) struct LinuxSpace {
     budget: Budget,
     /// Whether pages of this process are pinned for long, once that was asked in this pass.
     pinned: Option<bool>,
-    /// `O_DIRECT` on a network file system is in use, as of the beginning of this pass.
-    network_io: bool,
+    /// Why nothing may be merged in this pass, if so: as of its beginning.
+    forbidden: Option<Reason>,
     lost_races: u64,
     /// Quiet pages have had the owner's changes looked at in this pass.
     surveyed_in_pass: bool,
@@ -231,7 +231,7 @@ impl LinuxSpace {
             threads: settings.threads as usize,
             budget: Budget::new(settings.reserved_mappings),
             pinned: None,
-            network_io: false,
+            forbidden: None,
             lost_races: 0,
             surveyed_in_pass: false,
             unshared_at: None,
@@ -292,10 +292,20 @@ impl LinuxSpace {
         self.budget.recount();
         self.pinned = None;
         self.surveyed_in_pass = false;
-        self.network_io = eligible::network_direct_io();
+        // What cannot be looked at may be there: a process that changes its root directory loses sight
+        // of /proc.
+        self.forbidden = match eligible::network_direct_io() {
+            Ok(false) => None,
+            Ok(true) => Some(Reason::NetworkDirectIo),
+            Err(_) => Some(Reason::ProcUnreadable),
+        };
         for region in self.regions.values_mut() {
             let span = region.live.span();
-            for record in eligible::thread_records(span) {
+            let Ok(records) = eligible::thread_records(span) else {
+                self.forbidden = Some(Reason::ProcUnreadable);
+                continue;
+            };
+            for record in records {
                 let first = (record.start - span.start) / self.page;
                 for page in first..first + record.pages() {
                     if !region.excluded.iter().any(|(known, _)| *known == page) {

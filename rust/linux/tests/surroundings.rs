@@ -8,12 +8,14 @@
 
 mod support;
 
+use pagemerge_linux::Engine;
+use pagemerge_linux::core::Reason;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::busy::{Busy, Plan, Tally};
 use support::os::{self, MachineLock, MachineSetting, Memory, Random};
-use support::{case, scenario};
+use support::{case, os_thread, scenario};
 
 /// Lets a program work for the time of a stress, and disturbs it every so often; longer, if so few
 /// pages were merged or `disturb` has not yet said that it did what it is there for.
@@ -139,6 +141,104 @@ fn pause(random: &mut Random, micros: usize) {
     std::thread::sleep(Duration::from_micros(random.below(micros) as u64));
 }
 
+// ------------------------------------------------------------------- rights and sights that go
+
+/// Goal: a server that gives up root's rights once it has started goes on merging, in every thread as
+/// nobody; a second engine says by name what it may not open any more.
+fn rights_are_dropped_in_mid_life() {
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging as root");
+    os::become_nobody();
+    os::call(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as usize, 0]).expect("not dumpable");
+    busy.goes_on(500, "merging as nobody");
+    let fresh = Memory::new(64);
+    support::engines::fill(&fresh, 1);
+    let region = support::engines::register(&busy.engine, &fresh);
+    busy.goes_on(500, "merging new memory as nobody");
+    busy.engine.unregister(region).expect("un-merged");
+    support::engines::assert_filled(&fresh, 1, "merged and un-merged as nobody");
+    match Engine::new(support::engines::settings()) {
+        Ok(_) => panic!("an engine without the right to see its own pages"),
+        Err(error) => {
+            let text = error.to_string();
+            assert!(text.contains("/proc/self/pagemap"), "{text}");
+        }
+    }
+    let rest = busy.stop_writing();
+    rest.check("as nobody");
+    rest.engine.close().expect("closed");
+    rest.check("closed as nobody");
+}
+
+/// The engine looks at `/proc` for what must not be merged: a thread's own record (finding F13), what
+/// its owner has changed, pinned pages. In a process that had made another directory its root, it saw
+/// nothing there, took that for "nothing to be careful of", and merged on: the tid word of a thread
+/// that ended was written into a page that was gone, and whoever joined it waited for ever. What cannot
+/// be looked at must not be merged, by name.
+fn proc_vanishes_in_mid_life() {
+    const STACK_PAGES: usize = 32;
+    let busy = Busy::start(&Plan::default());
+    let stacks = Memory::new(8 * STACK_PAGES);
+    support::engines::fill(&stacks, 8);
+    support::engines::register(&busy.engine, &stacks);
+    busy.goes_on(500, "merging in sight of /proc");
+    os::hide_all_files();
+    // Until a pass has begun since.
+    let passes = busy.engine.stats().expect("stats").core.full_scans;
+    os::wait_for("another pass", || {
+        busy.engine.stats().expect("stats").core.full_scans > passes + 1
+    });
+    let merges = busy.merges();
+    let begun = Instant::now();
+    while begun.elapsed() < time() {
+        let threads: Vec<_> = (0..8)
+            .map(|n| {
+                os_thread::spawn(stacks.at(n * STACK_PAGES), STACK_PAGES * os::page_size())
+            })
+            .collect();
+        for thread in threads {
+            os_thread::join(thread);
+        }
+        busy.assert_alive();
+    }
+    let fresh = Memory::new(64);
+    match support::engines::try_register(&busy.engine, fresh.addr(), fresh.len(), "") {
+        Err(error) => assert!(error.to_string().contains("/proc/self/smaps"), "{error}"),
+        Ok(_) => panic!("nothing is known of this memory"),
+    }
+    let stats = busy.engine.stats().expect("stats");
+    println!("figure: {:?}", support::engines::reasons(&stats));
+    assert_eq!(stats.core.pages_merged, merges, "merged blindly");
+    assert!(support::engines::skipped(&stats, Reason::ProcUnreadable) > 0);
+    let rest = busy.stop_writing();
+    rest.check("out of sight of /proc");
+    rest.engine.close().expect("closed");
+    rest.check("closed out of sight of /proc");
+}
+
+/// Goal: a thread that locks itself in (Landlock) takes no sight from a merging thread that runs
+/// already; an engine that is started behind the lock says by name what it may not open.
+fn landlock_in_mid_life() {
+    scenario("engine_begins_behind_landlock").end(limit()).expect_success();
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging");
+    os::lock_in().expect("Landlock");
+    busy.goes_on(500, "merging while its owner is locked in");
+    let rest = busy.stop_writing();
+    rest.check("locked in");
+    rest.engine.close().expect("closed");
+    rest.check("closed, locked in");
+
+}
+
+fn engine_begins_behind_landlock() {
+    os::lock_in().expect("Landlock");
+    match Engine::new(support::engines::settings()) {
+        Ok(engine) => println!("figure: it works: {engine:?}"),
+        Err(error) => println!("figure: {error}"),
+    }
+}
+
 fn main() -> ExitCode {
     use support::Need;
     support::run(vec![
@@ -146,6 +246,10 @@ fn main() -> ExitCode {
             .needs(Need::Root)
             .needs(Need::HugePages)
             .seconds(7200),
+        case!(rights_are_dropped_in_mid_life).needs(Need::Root),
+        case!(proc_vanishes_in_mid_life).needs(Need::Root),
+        case!(landlock_in_mid_life),
+        case!(engine_begins_behind_landlock).hidden(),
         case!(works_beside_khugepaged).hidden(),
         case!(works_beside_khugepaged_untracked).hidden(),
     ])

@@ -182,9 +182,9 @@ impl LinuxSpace {
             .partition(|item| self.moves && !self.is_mapped(item.page));
         moved.sort_by_key(|item| item.job.live.span().start);
         in_place.sort_by_key(|item| item.job.live.span().start);
-        if self.network_io && !(moved.is_empty() && in_place.is_empty()) {
+        if let Some(reason) = self.forbidden {
             for item in moved.drain(..).chain(in_place.drain(..)) {
-                self.finish(&item, Some(Reason::NetworkDirectIo), outcomes);
+                self.finish(&item, Some(reason), outcomes);
             }
             return;
         }

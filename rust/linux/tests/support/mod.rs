@@ -27,6 +27,7 @@ pub(crate) mod busy;
 pub(crate) mod engines;
 pub(crate) mod faults;
 pub(crate) mod os;
+pub(crate) mod os_thread;
 pub(crate) mod ring;
 
 use libtest_mimic::{Arguments, Failed, Trial};

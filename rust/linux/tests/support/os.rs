@@ -903,3 +903,81 @@ pub(crate) fn vmstat(name: &str) -> u64 {
         .and_then(|value| value.parse().ok())
         .unwrap_or(0)
 }
+
+// ------------------------------------------------------------------------- rights taken away
+
+/// What happens at a system call that a filter does not allow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Denied {
+    /// It fails with `EPERM`.
+    Fails,
+    /// The process is killed.
+    Kills,
+}
+
+/// Forbids system calls from now on (seccomp), to this thread or to all of them.
+pub(crate) fn forbid(calls: &[i64], denied: Denied, all_threads: bool) -> io::Result<()> {
+    const LOAD_NUMBER: u16 = 0x20;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    let filter = |code, jump, value| libc::sock_filter {
+        code,
+        jt: jump,
+        jf: 0,
+        k: value,
+    };
+    let mut program = vec![filter(LOAD_NUMBER, 0, 0)];
+    for (at, number) in calls.iter().enumerate() {
+        // Over those that follow, and the permission.
+        let jump = u8::try_from(calls.len() - at).expect("a short list");
+        program.push(filter(JUMP_IF_EQUAL, jump, *number as u32));
+    }
+    program.push(filter(RETURN, 0, libc::SECCOMP_RET_ALLOW));
+    let action = match denied {
+        Denied::Fails => libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        Denied::Kills => libc::SECCOMP_RET_KILL_PROCESS,
+    };
+    program.push(filter(RETURN, 0, action));
+    let program = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0])?;
+    let flags = if all_threads {
+        libc::SECCOMP_FILTER_FLAG_TSYNC
+    } else {
+        0
+    };
+    let mode = libc::SECCOMP_SET_MODE_FILTER as usize;
+    call(libc::SYS_seccomp, &[mode, flags as usize, (&raw const program).addr()]).map(drop)
+}
+
+/// Gives up all of root's rights, in every thread, as a server does once it has its port.
+pub(crate) fn become_nobody() {
+    const NOBODY: u32 = 65534;
+    // SAFETY: the C library makes every thread do so; it touches no memory of ours.
+    let done = unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) };
+    assert_eq!(done, 0, "setresuid: {}", io::Error::last_os_error());
+}
+
+/// Makes an empty directory the root of this process: `/proc` is gone.
+pub(crate) fn hide_all_files() {
+    let path = temporary("empty-root");
+    fs::create_dir(&path).expect("a directory");
+    let name = CString::new(path.to_str().expect("plain text")).expect("no zero in it");
+    call(libc::SYS_chdir, &[name.as_ptr().addr()]).expect("chdir");
+    // It goes with its last user.
+    fs::remove_dir(&path).expect("an empty directory");
+    call(libc::SYS_chroot, &[c".".as_ptr().addr()]).expect("chroot");
+}
+
+/// Forbids this thread, and whatever it starts from now on, all files (Landlock).
+pub(crate) fn lock_in() -> io::Result<()> {
+    const CREATE_RULESET: i64 = 444;
+    const RESTRICT_SELF: i64 = 446;
+    // Execute, write, read, list: bits 0 to 3, of the first version.
+    let handled = 0b1111_u64;
+    let rules = own_fd(call(CREATE_RULESET, &[(&raw const handled).addr(), 8, 0])?);
+    call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0])?;
+    call(RESTRICT_SELF, &[rules.as_raw_fd() as usize, 0]).map(drop)
+}
