@@ -8,14 +8,14 @@
 
 mod support;
 
-use pagemerge_linux::Engine;
+use pagemerge_linux::{Engine, EngineSettings};
 use pagemerge_linux::core::Reason;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::busy::{Busy, Plan, Tally};
 use support::os::{self, MachineLock, MachineSetting, Memory, Random};
-use support::{case, os_thread, scenario};
+use support::{case, os_thread, scenario, scenario_with};
 
 /// Lets a program work for the time of a stress, and disturbs it every so often; longer, if so few
 /// pages were merged or `disturb` has not yet said that it did what it is there for.
@@ -216,6 +216,131 @@ fn proc_vanishes_in_mid_life() {
     rest.check("closed out of sight of /proc");
 }
 
+/// System calls that the engine makes while it works, besides what every program makes.
+const NEEDED: [(&str, i64); 16] = [
+    ("ioctl", libc::SYS_ioctl),
+    ("mmap", libc::SYS_mmap),
+    ("munmap", libc::SYS_munmap),
+    ("mremap", libc::SYS_mremap),
+    ("madvise", libc::SYS_madvise),
+    ("fallocate", libc::SYS_fallocate),
+    ("ftruncate", libc::SYS_ftruncate),
+    ("pwrite64", libc::SYS_pwrite64),
+    ("memfd_create", libc::SYS_memfd_create),
+    ("userfaultfd", libc::SYS_userfaultfd),
+    ("fcntl", libc::SYS_fcntl),
+    ("openat", libc::SYS_openat),
+    ("getdents64", libc::SYS_getdents64),
+    ("get_robust_list", libc::SYS_get_robust_list),
+    ("clone3", libc::SYS_clone3),
+    ("poll", libc::SYS_poll),
+];
+
+/// Goal: a filter that forbids one of the engine's system calls in mid life, in all threads at once,
+/// costs no byte and makes nobody wait: pages stay as they are, and the engine says what it may not do.
+fn system_calls_are_forbidden_in_mid_life() {
+    for (name, number) in NEEDED {
+        let number = number.to_string();
+        let variables = [("PAGEMERGE_FORBIDDEN", number.as_str())];
+        let mut told = String::new();
+        for _ in 0..rounds() {
+            let ended = scenario_with("works_under_a_filter", &variables).end(limit());
+            assert!(!ended.hung, "{name}: hangs\n{}\n{}", ended.where_it_hung, ended.output);
+            assert!(ended.status.success(), "{name}: {}\n{}", ended.status, ended.output);
+            told = ended.output;
+        }
+        for line in told.lines().filter(|line| line.starts_with("figure: ")) {
+            println!("figure: {name}: {}", &line[8..]);
+        }
+    }
+}
+
+/// More where there is time.
+fn rounds() -> u32 {
+    if os::stress_time() > Duration::from_secs(30) { 20 } else { 1 }
+}
+
+fn works_under_a_filter() {
+    let number = std::env::var("PAGEMERGE_FORBIDDEN").expect("a system call");
+    let number = number.parse().expect("its number");
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging before the filter");
+    os::forbid(&[number], os::Denied::Fails, true).expect("a filter");
+    std::thread::sleep(Duration::from_millis(150));
+    busy.assert_alive();
+    let rest = busy.stop_writing();
+    rest.check("under the filter");
+    let told = rest.engine.stats().map(|stats| (support::engines::reasons(&stats), stats.last_error));
+    println!("figure: {told:?}");
+    let closed = rest.engine.close();
+    println!("figure: close: {}", closed.map_or_else(|e| e.to_string(), |()| "done".into()));
+    rest.check("when the engine was closed under the filter");
+    // Nobody may rely on a destructor here.
+    std::process::exit(0);
+}
+
+/// A page that is under watch until it is quiet is write-protected, and the helper lets its writer go on
+/// by an ioctl. When a filter forbade ioctls in mid life the writer waited for ever.
+fn watched_page_can_be_written_when_ioctl_is_forbidden() {
+    let memory = Memory::new(64);
+    support::engines::fill(&memory, 4);
+    let engine = Engine::new(EngineSettings {
+        quiet_millisecs: 600_000,
+        ..support::engines::settings()
+    });
+    let engine = engine.expect("an engine");
+    support::engines::register(&engine, &memory);
+    support::engines::merge(&engine);
+    for page in 0..16 {
+        memory.store(page, 7, 1);
+    }
+    support::engines::merge(&engine);
+    assert!(os::entry(memory.at(3)).is_protected(), "this proves nothing: no watch");
+    os::forbid(&[libc::SYS_ioctl], os::Denied::Fails, true).expect("a filter");
+    for page in 0..16 {
+        memory.store(page, 7, 2);
+        assert_eq!(memory.load(page, 7), 2);
+    }
+    let _ = engine.close();
+    for page in 0..16 {
+        assert_eq!(memory.load(page, 7), 2);
+    }
+    std::process::exit(0);
+}
+
+/// Goal: a filter that kills for one of the engine's system calls ends the program as such a filter
+/// says, with nobody left waiting; installed for the program's own threads only it harms nothing.
+fn filter_that_kills() {
+    use std::os::unix::process::ExitStatusExt;
+    let ended = scenario("dies_by_a_filter").end(limit());
+    assert!(!ended.hung, "hangs\n{}", ended.where_it_hung);
+    assert_eq!(ended.status.signal(), Some(libc::SIGSYS), "{ended:?}");
+    scenario("works_beside_a_filter").end(limit()).expect_success();
+}
+
+fn dies_by_a_filter() {
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging before the filter");
+    os::forbid(&[libc::SYS_ioctl], os::Denied::Kills, true).expect("a filter");
+    loop {
+        busy.assert_alive();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn works_beside_a_filter() {
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging before the filter");
+    let engines = [libc::SYS_ioctl, libc::SYS_userfaultfd, libc::SYS_memfd_create];
+    os::forbid(&engines, os::Denied::Kills, false).expect("a filter");
+    busy.goes_on(500, "merging while this thread is filtered");
+    busy.finish().tell();
+    // Another one: everything that it needs is done by the merging thread.
+    let busy = Busy::start(&Plan::default());
+    busy.goes_on(500, "merging by a new engine of a filtered thread");
+    busy.finish().tell();
+}
+
 /// Goal: a thread that locks itself in (Landlock) takes no sight from a merging thread that runs
 /// already; an engine that is started behind the lock says by name what it may not open.
 fn landlock_in_mid_life() {
@@ -248,6 +373,12 @@ fn main() -> ExitCode {
             .seconds(7200),
         case!(rights_are_dropped_in_mid_life).needs(Need::Root),
         case!(proc_vanishes_in_mid_life).needs(Need::Root),
+        case!(system_calls_are_forbidden_in_mid_life).seconds(7200),
+        case!(works_under_a_filter).hidden(),
+        case!(watched_page_can_be_written_when_ioctl_is_forbidden).seconds(20),
+        case!(filter_that_kills),
+        case!(dies_by_a_filter).hidden(),
+        case!(works_beside_a_filter).hidden(),
         case!(landlock_in_mid_life),
         case!(engine_begins_behind_landlock).hidden(),
         case!(works_beside_khugepaged).hidden(),
