@@ -28,6 +28,7 @@ pub(crate) mod engines;
 pub(crate) mod faults;
 pub(crate) mod os;
 pub(crate) mod os_thread;
+pub(crate) mod raw;
 pub(crate) mod ring;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -40,7 +41,7 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Names the scenario that a re-executed test binary is to run.
-const SCENARIO: &str = "PAGEMERGE_TEST_SCENARIO";
+pub(crate) const SCENARIO: &str = "PAGEMERGE_TEST_SCENARIO";
 
 /// Something that a test needs and a machine may not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
