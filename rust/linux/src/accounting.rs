@@ -129,7 +129,7 @@ fn pss_in(path: &Path) -> io::Result<Pss> {
         .ok_or_else(|| io::Error::other(format!("{} has no Pss line", path.display())))
 }
 
-fn parse_pss(text: &str) -> Option<Pss> {
+pub(crate) fn parse_pss(text: &str) -> Option<Pss> {
     let mut found = Pss::default();
     let mut seen = false;
     for line in text.lines() {
@@ -213,17 +213,17 @@ pub fn headroom() -> io::Result<u64> {
 
 /// Where a memory cgroup's files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
-    version: u32,
+pub(crate) struct Place {
+    pub(crate) version: u32,
     /// Where the hierarchy is mounted.
-    mount: PathBuf,
+    pub(crate) mount: PathBuf,
     /// The group below it.
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 /// Finds the group that counts memory, in `/proc/self/cgroup` and `/proc/self/mountinfo`. A mixed
 /// system has both versions; memory then belongs to one of them, and to version 1 if it is there.
-fn find_cgroup(groups: &str, mounts: &str) -> Option<Place> {
+pub(crate) fn find_cgroup(groups: &str, mounts: &str) -> Option<Place> {
     let group_of = |wanted: &dyn Fn(&str, &str) -> bool| {
         groups.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':');
@@ -270,7 +270,7 @@ fn find_mount(
 }
 
 /// Takes `\040` and the like out of a path in `mountinfo`.
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('\\') {

@@ -24,6 +24,9 @@ mod error;
 pub mod evaluate;
 mod fork;
 mod frames;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hash;
 mod mappings;
 mod probe;

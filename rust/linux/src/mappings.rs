@@ -264,6 +264,15 @@ impl Mappings {
         })
     }
 
+    /// These mappings, as if nobody had a thread.
+    #[cfg(feature = "fuzz")]
+    pub(crate) fn of(vmas: Vec<Vma>) -> Self {
+        Self {
+            vmas,
+            records: Vec::new(),
+        }
+    }
+
     /// What the owner told the kernel about huge pages in the first mapping: wanted, refused, or
     /// nothing.
     pub(crate) fn huge_page_advice(&self) -> Option<bool> {
@@ -374,7 +383,7 @@ pub(crate) fn read(range: Span) -> io::Result<Vec<Vma>> {
     )
 }
 
-fn parse(mut lines: impl BufRead, range: Span) -> io::Result<Vec<Vma>> {
+pub(crate) fn parse(mut lines: impl BufRead, range: Span) -> io::Result<Vec<Vma>> {
     let mut found: Vec<Vma> = Vec::new();
     let (mut line, mut inside) = (Vec::new(), false);
     loop {
