@@ -162,6 +162,8 @@ pub struct Scanner {
     pub(crate) waiting: Vec<u32>,
     /// Trees and hashes for which two contents have been told apart since the running scan began.
     pub(crate) clashes: BTreeSet<(u32, u64)>,
+    /// There were more than are remembered.
+    pub(crate) many_clashes: bool,
     /// How many pages a step may look at beyond those that it examines.
     pub(crate) look_limit: u32,
     /// How many of those are left to the running step.
@@ -243,6 +245,7 @@ impl Scanner {
             sweeping: None,
             waiting: Vec::new(),
             clashes: BTreeSet::new(),
+            many_clashes: false,
             look_limit: LOOK_LIMIT,
             look_left: 0,
             looked: 0,
@@ -505,7 +508,7 @@ impl Scanner {
             return Ok(None);
         };
         if self.settings.keeps_unstable() && order != Ordering::Equal {
-            self.clashes.insert((tree, hash));
+            self.clash(tree, hash);
         }
         Ok(Some(order))
     }

@@ -35,6 +35,10 @@ use crate::scanner::Scanner;
 use crate::{Content, PageId, PageSpace};
 use std::cmp::Ordering;
 
+/// Clashes remembered one by one. A writer who rewrites each page between its hashing and its
+/// comparison could make as many as there are pages; beyond this, all candidates are recalled.
+const CLASHES: usize = 1 << 16;
+
 /// How a search in an unstable tree ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum UnstableFound {
@@ -131,11 +135,35 @@ impl Scanner {
         }
     }
 
+    /// Takes note that two contents with this hash have been told apart.
+    pub(crate) fn clash(&mut self, tree: u32, hash: u64) {
+        if self.clashes.len() < CLASHES {
+            self.clashes.insert((tree, hash));
+        } else {
+            self.many_clashes = true;
+        }
+    }
+
     /// Recalls those candidates that may be in a wrong place: see the module header.
     pub(crate) fn recall_clashes(&mut self) {
-        for (tree, hash) in std::mem::take(&mut self.clashes) {
+        let clashes = std::mem::take(&mut self.clashes);
+        if std::mem::take(&mut self.many_clashes) {
+            return self.recall_all();
+        }
+        for (tree, hash) in clashes {
             self.recall(tree, hash);
         }
+    }
+
+    /// Takes all candidates out of trees that are kept. Their hashes stay as they are.
+    fn recall_all(&mut self) {
+        self.discard_unstable_trees();
+        let (mut from, end) = (0, self.records.end());
+        while let Some(page) = self.records.find(from, end, UNSTABLE) {
+            self.records.get_mut(page).clear(UNSTABLE | ODD_SCAN);
+            from = page.0 + 1;
+        }
+        self.counters.unshared = 0;
     }
 
     /// Which tree holds a page: the one of its domain that has the same root. A record has no room
