@@ -138,7 +138,7 @@ impl StableNode {
     }
 
     /// What there is to note of it, by rule.
-    pub(crate) fn due_note(&self, max: u32) -> Noted {
+    pub(crate) fn what_to_note(&self, max: u32) -> Noted {
         if self.role != Role::Dup {
             Noted::Nothing
         } else if self.is_stale() {
@@ -231,7 +231,7 @@ impl StableNodes {
     /// Brings the notes about a node up to date. To be called after each change of what they are about.
     pub(crate) fn note(&mut self, node: u32) {
         let it = self.get(node);
-        let (before, now, standing) = (it.noted, it.due_note(self.max), it.standing());
+        let (before, now, standing) = (it.noted, it.what_to_note(self.max), it.standing());
         if before == now {
             return;
         }

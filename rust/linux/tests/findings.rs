@@ -16,12 +16,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::os_thread;
 use support::engines::{
     assert_filled, content, engine, fill, in_frames, merge, merged, merged_pages, reasons,
     register, scan, settings, skipped, try_register,
 };
 use support::os::{self, Memory, Random, page_size};
+use support::os_thread;
 use support::ring::Ring;
 use support::{Need, case, scenario_with};
 

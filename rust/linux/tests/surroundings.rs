@@ -8,8 +8,8 @@
 
 mod support;
 
-use pagemerge_linux::{Engine, EngineSettings};
 use pagemerge_linux::core::Reason;
+use pagemerge_linux::{Engine, EngineSettings};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -192,9 +192,7 @@ fn proc_vanishes_in_mid_life() {
     let begun = Instant::now();
     while begun.elapsed() < time() {
         let threads: Vec<_> = (0..8)
-            .map(|n| {
-                os_thread::spawn(stacks.at(n * STACK_PAGES), STACK_PAGES * os::page_size())
-            })
+            .map(|n| os_thread::spawn(stacks.at(n * STACK_PAGES), STACK_PAGES * os::page_size()))
             .collect();
         for thread in threads {
             os_thread::join(thread);
@@ -245,8 +243,17 @@ fn system_calls_are_forbidden_in_mid_life() {
         let mut told = String::new();
         for _ in 0..rounds() {
             let ended = scenario_with("works_under_a_filter", &variables).end(limit());
-            assert!(!ended.hung, "{name}: hangs\n{}\n{}", ended.where_it_hung, ended.output);
-            assert!(ended.status.success(), "{name}: {}\n{}", ended.status, ended.output);
+            assert!(
+                !ended.hung,
+                "{name}: hangs\n{}\n{}",
+                ended.where_it_hung, ended.output
+            );
+            assert!(
+                ended.status.success(),
+                "{name}: {}\n{}",
+                ended.status,
+                ended.output
+            );
             told = ended.output;
         }
         for line in told.lines().filter(|line| line.starts_with("figure: ")) {
@@ -257,7 +264,11 @@ fn system_calls_are_forbidden_in_mid_life() {
 
 /// More where there is time.
 fn rounds() -> u32 {
-    if os::stress_time() > Duration::from_secs(30) { 20 } else { 1 }
+    if os::stress_time() > Duration::from_secs(30) {
+        20
+    } else {
+        1
+    }
 }
 
 fn works_under_a_filter() {
@@ -270,10 +281,16 @@ fn works_under_a_filter() {
     busy.assert_alive();
     let rest = busy.stop_writing();
     rest.check("under the filter");
-    let told = rest.engine.stats().map(|stats| (support::engines::reasons(&stats), stats.last_error));
+    let told = rest
+        .engine
+        .stats()
+        .map(|stats| (support::engines::reasons(&stats), stats.last_error));
     println!("figure: {told:?}");
     let closed = rest.engine.close();
-    println!("figure: close: {}", closed.map_or_else(|e| e.to_string(), |()| "done".into()));
+    println!(
+        "figure: close: {}",
+        closed.map_or_else(|e| e.to_string(), |()| "done".into())
+    );
     rest.check("when the engine was closed under the filter");
     // Nobody may rely on a destructor here.
     std::process::exit(0);
@@ -295,7 +312,10 @@ fn watched_page_can_be_written_when_ioctl_is_forbidden() {
         memory.store(page, 7, 1);
     }
     support::engines::merge(&engine);
-    assert!(os::entry(memory.at(3)).is_protected(), "this proves nothing: no watch");
+    assert!(
+        os::entry(memory.at(3)).is_protected(),
+        "this proves nothing: no watch"
+    );
     os::forbid(&[libc::SYS_ioctl], os::Denied::Fails, true).expect("a filter");
     for page in 0..16 {
         memory.store(page, 7, 2);
@@ -315,7 +335,9 @@ fn filter_that_kills() {
     let ended = scenario("dies_by_a_filter").end(limit());
     assert!(!ended.hung, "hangs\n{}", ended.where_it_hung);
     assert_eq!(ended.status.signal(), Some(libc::SIGSYS), "{ended:?}");
-    scenario("works_beside_a_filter").end(limit()).expect_success();
+    scenario("works_beside_a_filter")
+        .end(limit())
+        .expect_success();
 }
 
 fn dies_by_a_filter() {
@@ -331,7 +353,11 @@ fn dies_by_a_filter() {
 fn works_beside_a_filter() {
     let busy = Busy::start(&Plan::default());
     busy.goes_on(500, "merging before the filter");
-    let engines = [libc::SYS_ioctl, libc::SYS_userfaultfd, libc::SYS_memfd_create];
+    let engines = [
+        libc::SYS_ioctl,
+        libc::SYS_userfaultfd,
+        libc::SYS_memfd_create,
+    ];
     os::forbid(&engines, os::Denied::Kills, false).expect("a filter");
     busy.goes_on(500, "merging while this thread is filtered");
     busy.finish().tell();
@@ -344,7 +370,9 @@ fn works_beside_a_filter() {
 /// Goal: a thread that locks itself in (Landlock) takes no sight from a merging thread that runs
 /// already; an engine that is started behind the lock says by name what it may not open.
 fn landlock_in_mid_life() {
-    scenario("engine_begins_behind_landlock").end(limit()).expect_success();
+    scenario("engine_begins_behind_landlock")
+        .end(limit())
+        .expect_success();
     let busy = Busy::start(&Plan::default());
     busy.goes_on(500, "merging");
     os::lock_in().expect("Landlock");
@@ -353,7 +381,6 @@ fn landlock_in_mid_life() {
     rest.check("locked in");
     rest.engine.close().expect("closed");
     rest.check("closed, locked in");
-
 }
 
 fn engine_begins_behind_landlock() {

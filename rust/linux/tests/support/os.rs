@@ -942,14 +942,21 @@ pub(crate) fn forbid(calls: &[i64], denied: Denied, all_threads: bool) -> io::Re
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0])?;
+    call(
+        libc::SYS_prctl,
+        &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0],
+    )?;
     let flags = if all_threads {
         libc::SECCOMP_FILTER_FLAG_TSYNC
     } else {
         0
     };
     let mode = libc::SECCOMP_SET_MODE_FILTER as usize;
-    call(libc::SYS_seccomp, &[mode, flags as usize, (&raw const program).addr()]).map(drop)
+    call(
+        libc::SYS_seccomp,
+        &[mode, flags as usize, (&raw const program).addr()],
+    )
+    .map(drop)
 }
 
 /// Gives up all of root's rights, in every thread, as a server does once it has its port.
@@ -978,6 +985,9 @@ pub(crate) fn lock_in() -> io::Result<()> {
     // Execute, write, read, list: bits 0 to 3, of the first version.
     let handled = 0b1111_u64;
     let rules = own_fd(call(CREATE_RULESET, &[(&raw const handled).addr(), 8, 0])?);
-    call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0])?;
+    call(
+        libc::SYS_prctl,
+        &[libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0, 0, 0],
+    )?;
     call(RESTRICT_SELF, &[rules.as_raw_fd() as usize, 0]).map(drop)
 }
