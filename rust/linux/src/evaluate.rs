@@ -721,6 +721,7 @@ mod tests {
     use crate::sys::mapping::{Advice, Mapping, Protection, map_frames};
     use crate::sys::memfd::Memfd;
     use std::fs;
+    use std::os::unix::fs::FileExt;
 
     /// A directory of its own, which is removed at the end.
     struct Folder(PathBuf);

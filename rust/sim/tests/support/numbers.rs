@@ -201,15 +201,15 @@ impl PageSpace for Numbers {
         self.asked.observed += into.len() as u64;
         for (page, state) in (window.first.index()..).zip(into) {
             let pages = &mut self.pages;
-            *state = if pages.shown[page] != NONE {
-                PageState::Merged
-            } else {
-                let written = pages.written[page];
-                if look == Look::Scan {
-                    pages.written[page] = false;
-                }
-                PageState::Resident(if written { Written::Yes } else { Written::No })
-            };
+            if pages.shown[page] != NONE {
+                *state = PageState::Merged;
+                continue;
+            }
+            let written = pages.written[page];
+            if look == Look::Scan {
+                pages.written[page] = false;
+            }
+            *state = PageState::Resident(if written { Written::Yes } else { Written::No });
         }
         Ok(())
     }
