@@ -48,6 +48,11 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 sim: ## The seeded simulator alone; PAGEMERGE_SIM_SEED=n replays one seed
 	cargo test --release -p pagemerge-sim -- --nocapture
 
+.PHONY: faults
+faults: ## Faults at every call and panics in every phase, all of them, and the table of sites (15 minutes)
+	PAGEMERGE_FAULTS=all PAGEMERGE_STRESS_SECONDS=$${PAGEMERGE_STRESS_SECONDS:-60} \
+	  cargo test --release -p pagemerge-linux --features inject --test injected
+
 .PHONY: build
 build: $(VENV)/.built ## The package, built and importable in the virtual environment
 

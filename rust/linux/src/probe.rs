@@ -19,9 +19,11 @@ use crate::sys::memfd::{CreateStop, Memfd};
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap, Query, ScanStop};
 use crate::sys::phase::{Phase, enter};
 use crate::sys::process::{self, Resource};
-use crate::sys::uffd::{Features, Modes, OpenStop, Source, Userfaultfd, Wake};
+use crate::sys::uffd::{Features, Modes, MoveStop, OpenStop, Source, Userfaultfd, Wake};
 use crate::sys::{Span, files, page_size};
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::io;
 
 /// What can be done here. See [`capabilities`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,7 +111,8 @@ impl Pretend {
 
 const PRETENDED: &str = "pretended to be missing by PAGEMERGE_PRETEND; unset that variable";
 
-/// What this kernel and these privileges allow. Found once for the process, by trying.
+/// What this kernel and these privileges allow. Found once for the process, by trying; only while
+/// trying fails for want of memory or descriptors it is tried again.
 ///
 /// ```
 /// let found = pagemerge_linux::capabilities();
@@ -125,9 +128,53 @@ pub fn capabilities() -> Capabilities {
     }
     // Two threads may both get here. They find the same, and no fork child waits for either.
     let text = std::env::var("PAGEMERGE_PRETEND").unwrap_or_default();
-    let found = probe(&Pretend::parse(&text));
-    FOUND.set(found.clone());
+    let look = Look::new(Pretend::parse(&text));
+    let found = probe(&look);
+    if !look.passing.get() {
+        FOUND.set(found.clone());
+    }
     found
+}
+
+/// One look at everything.
+struct Look {
+    pretend: Pretend,
+    /// Something failed for a reason that may be gone a moment later: no memory, no descriptors, a
+    /// signal. What was found then is not for good.
+    passing: Cell<bool>,
+}
+
+impl Look {
+    fn new(pretend: Pretend) -> Self {
+        Self {
+            pretend,
+            passing: Cell::new(false),
+        }
+    }
+
+    /// Takes note of a failure.
+    fn note(&self, why: impl Into<io::Error>) {
+        const PASSING: [i32; 5] = [
+            libc::EINTR,
+            libc::EAGAIN,
+            libc::ENOMEM,
+            libc::EMFILE,
+            libc::ENFILE,
+        ];
+        if why
+            .into()
+            .raw_os_error()
+            .is_some_and(|errno| PASSING.contains(&errno))
+        {
+            self.passing.set(true);
+        }
+    }
+
+    /// The same, while it is put into words.
+    fn noted<E: Copy + Into<io::Error>>(&self, why: E) -> E {
+        self.note(why);
+        why
+    }
 }
 
 /// Tries everything out once more, for tests of faults: what [`capabilities`] knows stays.
@@ -135,12 +182,13 @@ pub fn capabilities() -> Capabilities {
 #[must_use]
 pub fn probe_again() -> Capabilities {
     let text = std::env::var("PAGEMERGE_PRETEND").unwrap_or_default();
-    probe(&Pretend::parse(&text))
+    probe(&Look::new(Pretend::parse(&text)))
 }
 
 /// Tries everything out.
-pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
+fn probe(look: &Look) -> Capabilities {
     let _phase = enter(Phase::Probe);
+    let pretend = &look.pretend;
     let mut reasons = BTreeMap::new();
     if !pretend.unknown.is_empty() {
         reasons.insert(
@@ -153,10 +201,10 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
         );
     }
 
-    let full = find_full(pretend)
+    let full = find_full(look)
         .map_err(|why| reasons.insert("barrier", why))
         .ok();
-    let user = find_user(pretend)
+    let user = find_user(look)
         .map_err(|why| reasons.insert("user_barrier", why))
         .ok();
     let features = full
@@ -164,11 +212,11 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
         .map_or(Features::NONE, |(_, features)| features);
     let source = full.or(user).map(|(source, _)| source);
 
-    let moves = try_move(pretend, source, features);
-    let tracked = try_tracking(pretend, source, features);
-    let frames = try_frames(pretend);
-    let scans = try_pagemap_scan(pretend);
-    let (guard_pages, kernel_ksm) = (tells_guard_pages(), try_kernel_ksm());
+    let moves = try_move(look, source, features);
+    let tracked = try_tracking(look, source, features);
+    let frames = try_frames(look);
+    let scans = try_pagemap_scan(look);
+    let (guard_pages, kernel_ksm) = (tells_guard_pages(look), try_kernel_ksm(look));
     for (what, outcome) in [
         ("move", &moves),
         ("write_tracking", &tracked),
@@ -180,7 +228,7 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
             reasons.insert(what, why.clone());
         }
     }
-    let max_map_count = number_in("/proc/sys/vm/max_map_count").unwrap_or_else(|| {
+    let max_map_count = number_in(look, "/proc/sys/vm/max_map_count").unwrap_or_else(|| {
         let why = "/proc/sys/vm/max_map_count cannot be read; mount /proc. The kernel's default \
                    of 65530 is assumed";
         reasons.insert("max_map_count", why.to_owned());
@@ -210,8 +258,9 @@ pub(crate) fn probe(pretend: &Pretend) -> Capabilities {
     }
 }
 
-fn number_in(path: &str) -> Option<u64> {
-    files::read_to_string(path).ok()?.trim().parse().ok()
+fn number_in(look: &Look, path: &str) -> Option<u64> {
+    let text = files::read_to_string(path).map_err(|error| look.note(error));
+    text.ok()?.trim().parse().ok()
 }
 
 fn missing_uffd() -> String {
@@ -222,20 +271,20 @@ fn missing_uffd() -> String {
 }
 
 /// A source of userfaultfds that stop the kernel's own accesses, too.
-fn find_full(pretend: &Pretend) -> Result<(Source, Features), String> {
-    if pretend.no_uffd {
+fn find_full(look: &Look) -> Result<(Source, Features), String> {
+    if look.pretend.no_uffd {
         return Err(format!("userfaultfd is {PRETENDED}"));
     }
-    if pretend.user_uffd {
+    if look.pretend.user_uffd {
         return Err(format!("userfaultfd with kernel faults is {PRETENDED}"));
     }
     let by_call = match Userfaultfd::offered(Source::Syscall) {
         Ok(features) => return with_write_protection(Source::Syscall, features),
-        Err(stop) => stop,
+        Err(stop) => look.noted(stop),
     };
     let by_device = match Userfaultfd::offered(Source::Device) {
         Ok(features) => return with_write_protection(Source::Device, features),
-        Err(stop) => stop,
+        Err(stop) => look.noted(stop),
     };
     let device = match by_device {
         OpenStop::NoDevice => "there is no /dev/userfaultfd".to_owned(),
@@ -243,7 +292,7 @@ fn find_full(pretend: &Pretend) -> Result<(Source, Features), String> {
     };
     Err(match by_call {
         OpenStop::NotPermitted => {
-            let setting = number_in("/proc/sys/vm/unprivileged_userfaultfd");
+            let setting = number_in(look, "/proc/sys/vm/unprivileged_userfaultfd");
             let now = setting.map_or(String::new(), |value| format!(" (now {value})"));
             format!(
                 "userfaultfd with kernel faults is not permitted: {by_call} ({device}); run as \
@@ -272,8 +321,8 @@ fn with_write_protection(source: Source, features: Features) -> Result<(Source, 
 }
 
 /// A source of userfaultfds for the program's own accesses.
-fn find_user(pretend: &Pretend) -> Result<(Source, Features), String> {
-    if pretend.no_uffd {
+fn find_user(look: &Look) -> Result<(Source, Features), String> {
+    if look.pretend.no_uffd {
         return Err(format!("userfaultfd is {PRETENDED}"));
     }
     match Userfaultfd::offered(Source::UserModeOnly) {
@@ -284,7 +333,10 @@ fn find_user(pretend: &Pretend) -> Result<(Source, Features), String> {
              container's seccomp profile",
             OpenStop::NotPermitted
         )),
-        Err(stop) => Err(format!("cannot open a userfaultfd in user mode: {stop}")),
+        Err(stop) => Err(format!(
+            "cannot open a userfaultfd in user mode: {}",
+            look.noted(stop)
+        )),
     }
 }
 
@@ -302,8 +354,8 @@ fn without_uffd() -> String {
 }
 
 /// Moves a page to and fro.
-fn try_move(pretend: &Pretend, source: Option<Source>, features: Features) -> Result<(), String> {
-    if pretend.no_move {
+fn try_move(look: &Look, source: Option<Source>, features: Features) -> Result<(), String> {
+    if look.pretend.no_move {
         return Err(format!("UFFDIO_MOVE is {PRETENDED}"));
     }
     let source = source.ok_or_else(without_uffd)?;
@@ -318,35 +370,31 @@ fn try_move(pretend: &Pretend, source: Option<Source>, features: Features) -> Re
         format!("UFFDIO_MOVE did not work on a page of our own: {what}: {why}")
     };
     let uffd = Userfaultfd::open(source, Features::WP | Features::MOVE)
-        .map_err(|stop| failed("opening a userfaultfd for it", &stop))?;
-    let memory = scratch().map_err(|stop| failed("mapping a page", &stop))?;
+        .map_err(|stop| failed("opening a userfaultfd for it", &look.noted(stop)))?;
+    let memory = scratch().map_err(|stop| failed("mapping a page", &look.noted(stop)))?;
     uffd.register(memory.span(), Modes::Both)
-        .map_err(|stop| failed("registering", &stop))?;
+        .map_err(|stop| failed("registering", &look.noted(stop)))?;
     let (home, away) = (memory.span().page_run(0, 1), memory.span().page_run(1, 1));
     for (from, to) in [(home, away), (away, home)] {
         if let Some(stop) = move_scratch(&uffd, from, to) {
-            return Err(failed("moving", &stop));
+            return Err(failed("moving", &look.noted(stop)));
         }
     }
     Ok(())
 }
 
 #[allow(unsafe_code)]
-fn move_scratch(uffd: &Userfaultfd, from: Span, to: Span) -> Option<impl std::fmt::Display> {
+fn move_scratch(uffd: &Userfaultfd, from: Span, to: Span) -> Option<MoveStop> {
     // SAFETY: both are pages of the scratch mapping of our only caller, which nobody else knows of.
     unsafe { uffd.move_pages(from, to.start, Wake::Now) }.stopped
 }
 
 /// Protects a page, writes to it, and asks whether it was written.
-fn try_tracking(
-    pretend: &Pretend,
-    source: Option<Source>,
-    features: Features,
-) -> Result<(), String> {
-    if pretend.no_wp_async {
+fn try_tracking(look: &Look, source: Option<Source>, features: Features) -> Result<(), String> {
+    if look.pretend.no_wp_async {
         return Err(format!("asynchronous write protection is {PRETENDED}"));
     }
-    if pretend.no_pagemap_scan {
+    if look.pretend.no_pagemap_scan {
         return Err(format!("PAGEMAP_SCAN is {PRETENDED}"));
     }
     let source = source.ok_or_else(without_uffd)?;
@@ -361,12 +409,13 @@ fn try_tracking(
     let failed = |what: &str, why: &dyn std::fmt::Display| {
         format!("write tracking did not work on a page of our own: {what}: {why}")
     };
-    let map = Pagemap::own().map_err(|errno| failed("opening /proc/self/pagemap", &errno))?;
+    let map =
+        Pagemap::own().map_err(|errno| failed("opening /proc/self/pagemap", &look.noted(errno)))?;
     let uffd = Userfaultfd::open(source, wanted)
-        .map_err(|stop| failed("opening a userfaultfd for it", &stop))?;
-    let memory = scratch().map_err(|stop| failed("mapping a page", &stop))?;
+        .map_err(|stop| failed("opening a userfaultfd for it", &look.noted(stop)))?;
+    let memory = scratch().map_err(|stop| failed("mapping a page", &look.noted(stop)))?;
     uffd.register(memory.span(), Modes::WriteProtect)
-        .map_err(|stop| failed("registering", &stop))?;
+        .map_err(|stop| failed("registering", &look.noted(stop)))?;
     let written = || -> Result<usize, String> {
         let mut found = [PageRegion::EMPTY; 4];
         let query = Query::written_and_protect(Categories::WRITTEN);
@@ -378,7 +427,7 @@ fn try_tracking(
             Err(ScanStop::Missing) => {
                 Err("PAGEMAP_SCAN is not in this kernel: it came with Linux 6.7".to_owned())
             }
-            Err(stop) => Err(failed("PAGEMAP_SCAN", &stop)),
+            Err(stop) => Err(failed("PAGEMAP_SCAN", &look.noted(stop))),
         }
     };
     let first = written()?;
@@ -398,24 +447,24 @@ pub(crate) fn tracking_features() -> Features {
 }
 
 /// Looks at a page of our own.
-fn try_pagemap_scan(pretend: &Pretend) -> Result<(), String> {
-    if pretend.no_pagemap_scan {
+fn try_pagemap_scan(look: &Look) -> Result<(), String> {
+    if look.pretend.no_pagemap_scan {
         return Err(format!("PAGEMAP_SCAN is {PRETENDED}"));
     }
     let failed = |why: &dyn std::fmt::Display| {
         format!("PAGEMAP_SCAN did not work on a page of our own: {why}; it came with Linux 6.7")
     };
-    let map = Pagemap::own().map_err(|errno| failed(&errno))?;
-    let memory = scratch().map_err(|stop| failed(&stop))?;
+    let map = Pagemap::own().map_err(|errno| failed(&look.noted(errno)))?;
+    let memory = scratch().map_err(|stop| failed(&look.noted(stop)))?;
     let mut found = [PageRegion::EMPTY; 4];
     let query = Query::look(Categories::PRESENT);
     map.scan(memory.span(), &query, &mut found)
         .map(drop)
-        .map_err(|stop| failed(&stop))
+        .map_err(|stop| failed(&look.noted(stop)))
 }
 
-fn try_frames(pretend: &Pretend) -> Result<(), String> {
-    if pretend.no_memfd {
+fn try_frames(look: &Look) -> Result<(), String> {
+    if look.pretend.no_memfd {
         return Err(format!("memfd_create is {PRETENDED}"));
     }
     let page = page_size() as u64;
@@ -426,7 +475,8 @@ fn try_frames(pretend: &Pretend) -> Result<(), String> {
              by SIGXFSZ when it grows past that; raise the limit (ulimit -f unlimited)"
         ));
     }
-    let file = Memfd::create(c"pagemerge-probe", page).map_err(|stop| match stop {
+    let made = Memfd::create(c"pagemerge-probe", page).map_err(|stop| look.noted(stop));
+    let file = made.map_err(|stop| match stop {
         CreateStop::Missing => format!(
             "memfd_create is not in this kernel, or is hidden by a seccomp filter: {stop}; allow \
              the system call"
@@ -438,27 +488,37 @@ fn try_frames(pretend: &Pretend) -> Result<(), String> {
         _ => format!("cannot create a memfd for frames: {stop}"),
     })?;
     file.punch(0, page).map_err(|stop| {
+        let stop = look.noted(stop);
         format!("cannot punch holes into a memfd (fallocate): {stop}; allow the system call")
     })
 }
 
 /// Whether a page scan may be asked about guard pages (Linux 6.15).
-fn tells_guard_pages() -> bool {
-    let (Ok(map), Ok(memory)) = (Pagemap::own(), scratch()) else {
+fn tells_guard_pages(look: &Look) -> bool {
+    let (map, memory) = (
+        Pagemap::own().map_err(|errno| look.note(errno)),
+        scratch().map_err(|stop| look.note(stop)),
+    );
+    let (Ok(map), Ok(memory)) = (map, memory) else {
         return false;
     };
     let query = Query::look(Categories::PRESENT | Categories::GUARD);
     map.scan(memory.span(), &query, &mut [PageRegion::EMPTY])
+        .map_err(|stop| look.note(stop))
         .is_ok()
 }
 
-fn try_kernel_ksm() -> Result<(), String> {
+fn try_kernel_ksm(look: &Look) -> Result<(), String> {
     match files::metadata("/sys/kernel/mm/ksm/run") {
         Ok(_) => Ok(()),
-        Err(error) => Err(format!(
-            "the kernel has no same-page merging of its own (/sys/kernel/mm/ksm/run: {error}); \
-             pagemerge does not need it"
-        )),
+        Err(error) => {
+            let why = format!(
+                "the kernel has no same-page merging of its own (/sys/kernel/mm/ksm/run: \
+                 {error}); pagemerge does not need it"
+            );
+            look.note(error);
+            Err(why)
+        }
     }
 }
 
@@ -467,7 +527,7 @@ mod tests {
     use super::*;
 
     fn pretend(words: &str) -> Capabilities {
-        probe(&Pretend::parse(words))
+        probe(&Look::new(Pretend::parse(words)))
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! and so gives every merged page its own copy again. [`Advice::PopulateRead`] is the right call.
 
 use super::memfd::Memfd;
+use super::process::give_way;
 use super::{Call, Errno, Span, checked, outcomes, page_size, to_off};
 use std::cell::Cell;
 use std::os::fd::RawFd;
@@ -77,6 +78,9 @@ pub(crate) enum Sharing {
     /// A write goes to the file.
     Shared,
 }
+
+/// How often unmapping is tried.
+const UNMAPPING_TRIES: u32 = 16;
 
 macro_rules! advices {
     ($($(#[$meta:meta])* $name:ident = $value:expr, $call:ident;)*) => {
@@ -246,11 +250,15 @@ impl Drop for Mapping {
         if self.span.is_empty() {
             return;
         }
-        // SAFETY: the range is ours alone, and nobody can name it through `self` any more.
-        let result = unsafe { unmap(self.span) };
-        // It can fail for want of memory to split a mapping. The addresses stay taken then, which
-        // wastes them and harms nobody.
-        let _ = result;
+        for _ in 0..UNMAPPING_TRIES {
+            // SAFETY: the range is ours alone, and nobody can name it through `self` any more.
+            if unsafe { unmap(self.span) }.is_ok() {
+                return;
+            }
+            give_way();
+        }
+        // It can fail for want of memory. The addresses stay taken then, which wastes them (and, where
+        // it is a fork canary, the frames that die later), and harms nobody.
     }
 }
 
