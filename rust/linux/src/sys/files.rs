@@ -3,7 +3,7 @@
 //! Thin functions, here and nowhere else, so that these calls can be made to fail like any other
 //! (see [`super::checked`]). None of them is made inside a window.
 
-use super::{Call, fallible, uninterrupted};
+use super::{Call, fallible};
 use std::fs::{self, DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -80,8 +80,7 @@ pub(crate) fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result
     while done < into.len() {
         let len = super::asked(Call::FileReadAt, into.len() - done, 1);
         let part = &mut into[done..done + len];
-        match uninterrupted(|| fallible(Call::FileReadAt, || file.read_at(part, at + done as u64)))?
-        {
+        match fallible(Call::FileReadAt, || file.read_at(part, at + done as u64))? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             got => done += got,
         }

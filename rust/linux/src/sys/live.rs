@@ -14,7 +14,7 @@
 use super::mapping::{self, Advice, AdviseStop, MapStop, Mapping};
 use super::memfd::{Memfd, WriteStop};
 use super::uffd::{FillStop, MoveStop, Userfaultfd, Wake};
-use super::{Call, Errno, Progress, Span, asked, checked, checked_uninterrupted, memory, to_usize};
+use super::{Call, Errno, Progress, Span, asked, checked, memory, to_usize};
 use crate::hash::PageHasher;
 use pagemerge_core::Digest;
 use std::cmp::Ordering;
@@ -145,7 +145,7 @@ impl Live {
         };
         let me = i32::try_from(std::process::id()).unwrap_or(0);
         let (to, from) = (&raw const local, &raw const remote);
-        let got = checked_uninterrupted(Call::ProcessVmReadv, || {
+        let got = checked(Call::ProcessVmReadv, || {
             // SAFETY: the kernel reads our own process's memory and copes with what is not
             // readable; it writes memory that our caller (a view, or staged pages) answers for, and
             // that no reference points to.

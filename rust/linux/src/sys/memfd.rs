@@ -10,10 +10,7 @@
 //! A frame written alone 1 to 2.4 us, less in runs. One frame in an otherwise empty range costs
 //! some 600 bytes of kernel memory beside its page; in a dense range 10.
 
-use super::{
-    Call, Descriptor, Progress, Span, asked, checked, checked_uninterrupted, files, outcomes,
-    to_off, to_usize,
-};
+use super::{Call, Descriptor, Progress, Span, asked, checked, files, outcomes, to_off, to_usize};
 use std::ffi::CStr;
 use std::os::fd::RawFd;
 
@@ -99,7 +96,7 @@ impl Memfd {
         let fd = fd.map_err(CreateStop::decode)?;
         // SAFETY: the kernel has just given us this descriptor.
         let file = unsafe { Descriptor::own(fd) };
-        checked_uninterrupted(Call::Ftruncate, || {
+        checked(Call::Ftruncate, || {
             // SAFETY: sets the size of our own file, which nothing has mapped.
             i64::from(unsafe { libc::ftruncate(file.raw(), to_off(len)) })
         })
@@ -141,7 +138,7 @@ impl Memfd {
         while done < from.len {
             let rest = from.part(done, asked(Call::Pwrite, from.len - done, 1));
             let at = to_off(offset + done as u64);
-            let wrote = checked_uninterrupted(Call::Pwrite, || {
+            let wrote = checked(Call::Pwrite, || {
                 // SAFETY: the kernel reads `rest`, which the caller keeps mapped, and copes with
                 // unmapped memory by EFAULT. The file is ours.
                 let got = unsafe { libc::pwrite(self.raw(), rest.as_ptr().cast(), rest.len, at) };
@@ -180,7 +177,7 @@ impl Memfd {
         while done < into.len() {
             let rest = &mut into[done..];
             let at = to_off(offset + done as u64);
-            let got = checked_uninterrupted(Call::PreadFrames, || {
+            let got = checked(Call::PreadFrames, || {
                 // SAFETY: `rest` is ours to write for the whole call.
                 let got =
                     unsafe { libc::pread(self.raw(), rest.as_mut_ptr().cast(), rest.len(), at) };
@@ -199,7 +196,7 @@ impl Memfd {
     /// [`WriteStop`].
     pub(crate) fn punch(&self, offset: u64, len: u64) -> Result<(), WriteStop> {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        checked_uninterrupted(Call::Fallocate, || {
+        checked(Call::Fallocate, || {
             // SAFETY: a hole in our own file; what shows it is the business of the frame store.
             i64::from(unsafe { libc::fallocate(self.raw(), mode, to_off(offset), to_off(len)) })
         })

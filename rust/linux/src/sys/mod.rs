@@ -429,7 +429,7 @@ fn through<T, E>(
 
 /// Makes a system call, and reads `errno` while it is fresh.
 #[inline]
-fn checked(call: Call, run: impl FnOnce() -> i64) -> Result<i64, Errno> {
+fn checked_once(call: Call, run: impl FnOnce() -> i64) -> Result<i64, Errno> {
     let run = || match run() {
         -1 => Err(Errno::last()),
         got => Ok(got),
@@ -437,38 +437,34 @@ fn checked(call: Call, run: impl FnOnce() -> i64) -> Result<i64, Errno> {
     through(call, run, |errno| errno)
 }
 
-/// [`checked`], again for as long as a signal cuts it short.
-fn checked_uninterrupted(call: Call, mut run: impl FnMut() -> i64) -> Result<i64, Errno> {
+/// The same, again for as long as a signal cuts it short.
+#[inline]
+fn checked(call: Call, mut run: impl FnMut() -> i64) -> Result<i64, Errno> {
     loop {
-        match checked(call, &mut run) {
+        match checked_once(call, &mut run) {
             Err(Errno(libc::EINTR)) => {}
             other => return other,
         }
     }
 }
 
-/// The same for what the standard library calls.
-fn fallible<T>(call: Call, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    through(call, run, io::Error::from)
+/// What the standard library calls, again for as long as a signal cuts it short.
+fn fallible<T>(call: Call, mut run: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match through(call, &mut run, io::Error::from) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
-/// For calls that tell their failure by their result: pthread functions.
+/// For calls that tell their failure by their result: pthread functions, which no signal cuts short.
 fn numbered(call: Call, run: impl FnOnce() -> i32) -> Result<(), Errno> {
     let run = || match run() {
         0 => Ok(()),
         number => Err(Errno(number)),
     };
     through(call, run, |errno| errno)
-}
-
-/// Does it again for as long as a signal cuts it short.
-fn uninterrupted<T>(mut run: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match run() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
-    }
 }
 
 /// How much of `len` a call is asked for, in multiples of `unit`: all of it, unless a test has planned

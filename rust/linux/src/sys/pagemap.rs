@@ -10,8 +10,8 @@
 //! 2 ns a page for a scan; runs of pages of the same categories come as one region.
 
 use super::{
-    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, asked, checked_uninterrupted, ioctl,
-    ioctl_number, outcomes, page_size, to_off, to_usize,
+    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, asked, checked, ioctl, ioctl_number, outcomes,
+    page_size, to_off, to_usize,
 };
 use std::mem::{offset_of, size_of};
 use std::ops::BitOr;
@@ -244,7 +244,7 @@ impl Pagemap {
     }
 
     fn open(path: &std::ffi::CStr) -> Result<Self, Errno> {
-        let fd = checked_uninterrupted(Call::OpenPagemap, || {
+        let fd = checked(Call::OpenPagemap, || {
             // SAFETY: `path` is a C string for the whole call.
             i64::from(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })
         })?;
@@ -318,7 +318,7 @@ impl Pagemap {
             let at = to_off(((start / page_size() + done) * size_of::<Entry>()) as u64);
             let rest = &mut into[done..];
             let bytes = asked(Call::PagemapRead, size_of_val(rest), size_of::<Entry>());
-            let got = checked_uninterrupted(Call::PagemapRead, || {
+            let got = checked(Call::PagemapRead, || {
                 // SAFETY: the kernel writes whole entries to `rest`, which is plain data, and no
                 // more bytes than it has.
                 let got = unsafe { libc::pread(self.raw(), rest.as_mut_ptr().cast(), bytes, at) };

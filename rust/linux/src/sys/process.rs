@@ -1,6 +1,6 @@
 //! What the merging thread does to itself, and what it asks about its process.
 
-use super::{Call, Errno, checked, checked_uninterrupted, numbered, outcomes};
+use super::{Call, Errno, checked, numbered, outcomes};
 use std::time::Duration;
 
 outcomes! {
@@ -43,7 +43,7 @@ pub(crate) unsafe fn own_descriptor_table() -> Result<(), TableStop> {
     for _ in 0..3 {
         // Anything will do that keeps 0, 1 and 2 from becoming one of our files, at which a stray
         // message to standard error would be written.
-        let null = checked_uninterrupted(Call::OpenNull, || {
+        let null = checked(Call::OpenNull, || {
             // SAFETY: the path is a C string.
             i64::from(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) })
         });
@@ -205,7 +205,7 @@ fn mask(how: i32, set: &libc::sigset_t) -> Result<libc::sigset_t, Errno> {
 /// None that is known, once the system has started.
 pub(crate) fn random_u64() -> Result<u64, Errno> {
     let mut number: u64 = 0;
-    checked_uninterrupted(Call::Getrandom, || {
+    checked(Call::Getrandom, || {
         let into = (&raw mut number).cast::<libc::c_void>();
         // SAFETY: the kernel writes 8 bytes, to `number`. (So few come all at once or not at all.)
         unsafe { libc::syscall(libc::SYS_getrandom, into, 8, 0) }

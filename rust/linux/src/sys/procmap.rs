@@ -4,8 +4,7 @@
 //! Below 1 us, whatever the number of mappings. `/proc/self/maps` costs that for each mapping.
 
 use super::{
-    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, checked_uninterrupted, ioctl, ioctl_number,
-    outcomes,
+    Call, Descriptor, Errno, IOCTL_READ_WRITE, Span, checked, ioctl, ioctl_number, outcomes,
 };
 use std::mem::{offset_of, size_of};
 
@@ -73,7 +72,7 @@ impl Procmap {
     /// When `/proc` is not there, or descriptors are used up.
     pub(crate) fn own() -> Result<Self, Errno> {
         let path = c"/proc/self/maps";
-        let fd = checked_uninterrupted(Call::OpenProcmap, || {
+        let fd = checked(Call::OpenProcmap, || {
             // SAFETY: `path` is a C string.
             i64::from(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) })
         })?;

@@ -2,7 +2,7 @@
 
 use super::process::{self, SignalsBlocked, TableStop};
 use super::uffd::{UffdHelper, Userfaultfd, Waker, WakerHelper};
-use super::{Call, Errno, fallible};
+use super::{Call, Errno, through};
 use std::io;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
@@ -53,7 +53,8 @@ fn spawn(
     name: &str,
     body: impl FnOnce() + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    fallible(call, || Builder::new().name(name.into()).spawn(body))
+    let start = || Builder::new().name(name.into()).spawn(body);
+    through(call, start, io::Error::from)
 }
 
 /// Starts a thread for a part of the calling thread's work, within `scope`.
@@ -65,9 +66,8 @@ pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     body: impl FnOnce() -> T + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, T>> {
-    fallible(Call::SpawnHashing, || {
-        Builder::new().name(name.into()).spawn_scoped(scope, body)
-    })
+    let start = || Builder::new().name(name.into()).spawn_scoped(scope, body);
+    through(Call::SpawnHashing, start, io::Error::from)
 }
 
 /// Has three functions called around every `fork()` of this process: before it, then in the parent,

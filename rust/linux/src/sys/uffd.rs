@@ -13,8 +13,7 @@
 
 use super::{
     Call, Descriptor, Errno, IOCTL_NONE, IOCTL_READ, IOCTL_READ_WRITE, Progress, Span, asked,
-    checked, checked_uninterrupted, ioctl, ioctl_number, ioctl_request, outcomes, page_size,
-    to_usize,
+    checked, checked_once, ioctl, ioctl_number, ioctl_request, outcomes, page_size, to_usize,
 };
 use std::mem::{offset_of, size_of};
 use std::ops::BitOr;
@@ -320,7 +319,7 @@ impl Userfaultfd {
     }
 
     fn from_device(flags: i32) -> Result<i64, Errno> {
-        let device = checked_uninterrupted(Call::OpenDevice, || {
+        let device = checked(Call::OpenDevice, || {
             let path = c"/dev/userfaultfd".as_ptr();
             // SAFETY: `path` is a C string.
             i64::from(unsafe { libc::open(path, libc::O_RDWR | libc::O_CLOEXEC) })
@@ -676,7 +675,7 @@ impl Waker {
     pub(crate) fn wake(&self) {
         let one: u64 = 1;
         let from = (&raw const one).cast();
-        let wrote = checked_uninterrupted(Call::EventfdWrite, || {
+        let wrote = checked(Call::EventfdWrite, || {
             // SAFETY: the kernel reads 8 bytes of `one`.
             let got = unsafe { libc::write(self.fd.raw(), from, 8) };
             got as i64
@@ -716,7 +715,7 @@ impl WakerHelper {
 fn clear(fd: RawFd) {
     let mut count: u64 = 0;
     let into = (&raw mut count).cast();
-    let read = checked_uninterrupted(Call::EventfdRead, || {
+    let read = checked(Call::EventfdRead, || {
         // SAFETY: the kernel writes 8 bytes to `count`.
         let got = unsafe { libc::read(fd, into, 8) };
         got as i64
@@ -791,7 +790,7 @@ pub(crate) enum Event {
 }
 
 fn read_events(fd: RawFd, into: &mut [RawEvent]) -> Result<usize, Errno> {
-    let got = checked_uninterrupted(Call::UffdRead, || {
+    let got = checked(Call::UffdRead, || {
         // SAFETY: the kernel writes whole events to `into`, which is plain data, and no more bytes
         // than it has.
         let got = unsafe { libc::read(fd, into.as_mut_ptr().cast(), size_of_val(into)) };
@@ -813,7 +812,7 @@ fn wait(fd: RawFd, waker: Option<RawFd>, millis: Option<u32>) -> Result<Ready, E
     // A negative descriptor is one that poll passes over.
     let mut both = [wanted(fd), wanted(waker.unwrap_or(-1))];
     let millis = millis.map_or(-1, |m| i32::try_from(m).unwrap_or(i32::MAX));
-    let got = checked(Call::Poll, || {
+    let got = checked_once(Call::Poll, || {
         // SAFETY: `both` is an array of two, ours to write for the whole call.
         i64::from(unsafe { libc::poll(both.as_mut_ptr(), 2, millis) })
     });
