@@ -42,6 +42,9 @@ pub use engine::{Engine, EngineStats, RegionHandle};
 pub use error::Error;
 #[doc(hidden)]
 pub use hash::digest_all;
+#[cfg(feature = "inject")]
+#[doc(hidden)]
+pub use hash::known;
 pub use pagemerge_core as core;
 #[cfg(feature = "inject")]
 #[doc(hidden)]

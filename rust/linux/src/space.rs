@@ -199,7 +199,7 @@ impl LinuxSpace {
         } else {
             None
         };
-        let seed = sys::process::random_u64()
+        let seed = crate::hash::fresh_seed()
             .map_err(|e| Error::os("cannot draw a random seed for digests", e.into()))?;
         let windows = Windows::new(
             page,
