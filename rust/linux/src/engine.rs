@@ -264,6 +264,12 @@ impl EngineState {
     }
 
     fn unregister(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        // What the owner did to this memory since another region was un-merged is to be seen.
+        self.space.survey_anew();
+        self.unregister_as_surveyed(handle)
+    }
+
+    fn unregister_as_surveyed(&mut self, handle: RegionHandle) -> Result<(), Error> {
         let _phase = enter(Phase::Unregister);
         let id = self.region(handle)?;
         let span = Span::new(handle.addr, handle.pages as usize * crate::page_size());
@@ -411,8 +417,10 @@ impl EngineState {
         let _phase = enter(Phase::Close);
         self.due = None;
         let handles: Vec<RegionHandle> = self.regions.values().map(|(handle, _)| *handle).collect();
+        // One look at the mappings for all regions.
+        self.space.survey_anew();
         for handle in handles {
-            self.unregister(handle)?;
+            self.unregister_as_surveyed(handle)?;
         }
         Ok(())
     }

@@ -289,7 +289,13 @@ impl Mappings {
     pub(crate) fn altered(&self, range: Span) -> Vec<(Span, Reason)> {
         let mut found = Vec::new();
         let mut at = range.start;
-        for vma in &self.vmas {
+        let first = self
+            .vmas
+            .partition_point(|vma| vma.span.end() <= range.start);
+        for vma in &self.vmas[first..] {
+            if vma.span.start >= range.end() {
+                break;
+            }
             let Some(part) = vma.span.intersection(range) else {
                 continue;
             };

@@ -299,13 +299,13 @@ impl LinuxSpace {
             Ok(true) => Some(Reason::NetworkDirectIo),
             Err(_) => Some(Reason::ProcUnreadable),
         };
+        let records = eligible::thread_records().unwrap_or_else(|_| {
+            self.forbidden = Some(Reason::ProcUnreadable);
+            Vec::new()
+        });
         for region in self.regions.values_mut() {
             let span = region.live.span();
-            let Ok(records) = eligible::thread_records(span) else {
-                self.forbidden = Some(Reason::ProcUnreadable);
-                continue;
-            };
-            for record in records {
+            for record in records.iter().filter_map(|at| at.intersection(span)) {
                 let first = (record.start - span.start) / self.page;
                 for page in first..first + record.pages() {
                     if !region.excluded.iter().any(|(known, _)| *known == page) {

@@ -214,22 +214,28 @@ impl LinuxSpace {
     /// changed it since he registered it. What is known may be as old as [`SURVEY_FRESH`]; changes of
     /// protection and locks the kernel sees itself when pages are moved.
     pub(super) fn altered(&mut self, page: PageId, span: Span) -> Option<Reason> {
-        let (_, region) = self.regions.range_mut(..=page.0).next_back()?;
+        let (&first, region) = self.regions.range(..=page.0).next_back()?;
         let now = Instant::now();
         if region
             .surveyed
             .is_none_or(|at| now.duration_since(at) >= SURVEY_FRESH)
         {
-            region.altered = eligible::altered(region.live.span());
-            region.surveyed = Some(now);
+            // All regions at once: looking takes as long as for one.
+            let spans: Vec<Span> = self.regions.values().map(|it| it.live.span()).collect();
+            let found = eligible::altered(&spans);
+            for (region, found) in self.regions.values_mut().zip(found) {
+                (region.altered, region.surveyed) = (found, Some(now));
+            }
         }
-        let found = region.altered.iter().find(|(part, _)| part.overlaps(span));
-        found.map(|(_, reason)| *reason)
+        let altered = &self.regions.get(&first)?.altered;
+        let at = altered.partition_point(|(part, _)| part.end() <= span.start);
+        let (part, reason) = altered.get(at)?;
+        part.overlaps(span).then_some(*reason)
     }
 
     /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
     /// this pass, or this un-merging.
-    pub(super) fn survey_anew(&mut self) {
+    pub(crate) fn survey_anew(&mut self) {
         for region in self.regions.values_mut() {
             region.surveyed = None;
         }
