@@ -19,9 +19,9 @@
 //!
 //! # Cost
 //! Access is three array look-ups (in a list, a binary search besides). Going over all records costs by
-//! the chunks that are there, and 8 words for each GiB in which there is one. Freeing empty chunks reads
-//! only chunks that lost a record. A lone record takes 180 bytes, besides 8 KiB for the GiB around it;
-//! many take 24 each.
+//! the chunks that are there, and one look for each 128 MiB. Freeing empty chunks reads only chunks that
+//! lost a record. A lone record takes 160 bytes, besides 1 KiB for the 128 MiB around it; many take 24
+//! each.
 
 use crate::PageId;
 use crate::rbtree::{Links, NIL, Side};
@@ -141,8 +141,8 @@ impl RmapItem {
 
 static EMPTY: RmapItem = RmapItem::EMPTY;
 
-/// Chunks of one leaf of the directory: 1 GiB of pages of 4 KiB.
-const LEAF: usize = 512;
+/// Chunks of one leaf of the directory: 128 MiB of pages of 4 KiB, and the bits of a word.
+const LEAF: usize = 64;
 const LEAF_SHIFT: u32 = SHIFT + LEAF.trailing_zeros();
 /// Records up to which a chunk is a list.
 const FEW: usize = 128;
@@ -279,27 +279,22 @@ impl Chunk {
 /// The chunks of a stretch of pages, and which of them are there.
 #[derive(Clone, Debug)]
 struct Leaf {
-    there: [u64; LEAF / 64],
+    there: u64,
     chunks: [Chunk; LEAF],
 }
 
 impl Leaf {
     fn new() -> Box<Self> {
         Box::new(Self {
-            there: [0; LEAF / 64],
+            there: 0,
             chunks: [const { Chunk::None }; LEAF],
         })
     }
 
     /// The first chunk from `from` on that is there.
     fn next(&self, from: usize) -> Option<usize> {
-        let mut word = from / 64;
-        let mut seen = self.there.get(word)? >> (from % 64) << (from % 64);
-        while seen == 0 {
-            word += 1;
-            seen = *self.there.get(word)?;
-        }
-        Some(word * 64 + seen.trailing_zeros() as usize)
+        let seen = self.there.checked_shr(low32(from))? << from;
+        (seen != 0).then_some(seen.trailing_zeros() as usize)
     }
 }
 
@@ -335,7 +330,7 @@ impl Records {
         let at = page.index() >> SHIFT & (LEAF - 1);
         let chunk = &mut leaf.chunks[at];
         if matches!(chunk, Chunk::None) {
-            leaf.there[at / 64] |= 1 << (at % 64);
+            leaf.there |= 1 << at;
         }
         chunk.get_mut(page.index() % CHUNK)
     }
@@ -395,11 +390,11 @@ impl Records {
             {
                 if leaf.chunks[at].tidy() {
                     leaf.chunks[at] = Chunk::None;
-                    leaf.there[at / 64] &= !(1 << (at % 64));
+                    leaf.there &= !(1 << at);
                 }
                 from = at + 1;
             }
-            if leaf.there == [0; LEAF / 64] {
+            if leaf.there == 0 {
                 self.leaves[number] = None;
             }
         }

@@ -590,7 +590,8 @@ impl Scanner {
                         if self.look_left == 0 {
                             return Ok(Next::LookedEnough);
                         }
-                        if std::mem::take(&mut self.cursor.in_gap) {
+                        let left = region.end() - self.cursor.at;
+                        if std::mem::take(&mut self.cursor.in_gap) && left > low32(BATCH) {
                             self.leap(space, id, region.end())?;
                             continue;
                         }

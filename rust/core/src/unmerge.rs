@@ -67,6 +67,21 @@ impl Scanner {
         Ok(())
     }
 
+    /// How many pages un-merging a region would have to copy, as far as is known: those that show a frame
+    /// or were put onto the zero page. [`Scanner::refresh`] makes it current.
+    pub fn pages_to_copy(&self, region: RegionId) -> u32 {
+        let Some(it) = self.regions.find(region) else {
+            return 0;
+        };
+        let (mut from, mut pages) = (it.first, 0);
+        while let Some(page) = self.records.find(from, it.end(), ATTACHED | ZERO) {
+            let item = self.records.get(page);
+            pages += u32::from(item.is(ZERO) || item.shows_frame());
+            from = page.0 + 1;
+        }
+        pages
+    }
+
     /// Registers a region again that was unregistered and has not been passed since, with the records
     /// that it still has. Says whether there was one; only with
     /// [`lagging_records`](crate::Settings::lagging_records).

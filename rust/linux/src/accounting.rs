@@ -175,8 +175,9 @@ pub struct Cgroup {
     pub current: u64,
     /// Bytes that it may have, by its own limit; `None` for no limit.
     pub limit: Option<u64>,
-    /// Bytes that may still be charged before it or one of the groups around it is at its limit;
-    /// `None` where no group has one.
+    /// Bytes that may still be charged before it or one of the groups around it is at its limit and
+    /// has nothing left to drop: clean file cache that is charged to it makes room. `None` where no
+    /// group has a limit.
     pub headroom: Option<u64>,
 }
 
@@ -201,14 +202,45 @@ pub fn available() -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable line"))
 }
 
-/// Bytes that this process could still use: what the system has available and its memory cgroup
-/// allows.
+/// What bounds the memory of this process first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Bound {
+    /// What the whole system has available.
+    System,
+    /// The limit of a memory cgroup.
+    Cgroup,
+}
+
+impl std::fmt::Display for Bound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::System => "the system (MemAvailable)",
+            Self::Cgroup => "the memory cgroup's limit",
+        })
+    }
+}
+
+/// Bytes that this process could still use, and what bounds them: what the system has available, or
+/// what its memory cgroup and those around it allow.
+///
+/// # Errors
+/// When `/proc` is not there.
+pub fn room() -> io::Result<(u64, Bound)> {
+    let system = available()?;
+    let group = cgroup()?.and_then(|group| group.headroom);
+    Ok(match group {
+        Some(bytes) if bytes < system => (bytes, Bound::Cgroup),
+        _ => (system, Bound::System),
+    })
+}
+
+/// Bytes that this process could still use: those of [`room`].
 ///
 /// # Errors
 /// When `/proc` is not there.
 pub fn headroom() -> io::Result<u64> {
-    let group = cgroup()?.and_then(|group| group.headroom);
-    Ok(available()?.min(group.unwrap_or(u64::MAX)))
+    Ok(room()?.0)
 }
 
 /// Where a memory cgroup's files are.
@@ -322,7 +354,9 @@ fn read_cgroup(place: &Place) -> Option<Cgroup> {
         .take_while(|at| at.starts_with(&place.mount))
     {
         if let (Some(limit), Some(used)) = (limit_of(at), number(at, used)) {
-            let left = limit.saturating_sub(used);
+            let left = limit
+                .saturating_sub(used)
+                .saturating_add(droppable(at, place.version).min(used));
             headroom = Some(headroom.map_or(left, |least: u64| least.min(left)));
         }
     }
@@ -333,6 +367,38 @@ fn read_cgroup(place: &Place) -> Option<Cgroup> {
         limit: limit_of(&place.path),
         headroom,
     })
+}
+
+/// File cache charged to the group at `at` that the kernel can drop at once: what is neither dirty nor
+/// being written. Without it a group that has read files would seem to be full for ever.
+fn droppable(at: &Path, version: u32) -> u64 {
+    let text = files::read_to_string(at.join("memory.stat")).unwrap_or_default();
+    // Version 1 counts the groups inside under names of their own.
+    let names = match version {
+        1 => [
+            "total_inactive_file",
+            "total_active_file",
+            "total_dirty",
+            "total_writeback",
+        ],
+        _ => [
+            "inactive_file",
+            "active_file",
+            "file_dirty",
+            "file_writeback",
+        ],
+    };
+    let [inactive, active, dirty, writeback] = names.map(|name| {
+        text.lines()
+            .find_map(|line| {
+                line.strip_prefix(name)?
+                    .strip_prefix(' ')?
+                    .parse::<u64>()
+                    .ok()
+            })
+            .unwrap_or(0)
+    });
+    (inactive + active).saturating_sub(dirty + writeback)
 }
 
 #[cfg(test)]
@@ -439,6 +505,15 @@ mod tests {
         write(&inner, "100\n", "150\n");
         let group = read_cgroup(&place).unwrap();
         assert_eq!((group.limit, group.headroom), (Some(150), Some(50)));
+
+        // 40 bytes of its file cache can be dropped, 30 of which are dirty.
+        fs::write(
+            inner.join("memory.stat"),
+            "anon 60\ninactive_file 25\nactive_file 15\nfile_dirty 30\n",
+        )
+        .unwrap();
+        assert_eq!(read_cgroup(&place).unwrap().headroom, Some(60));
+        fs::remove_file(inner.join("memory.stat")).unwrap();
 
         fs::write(inner.join("memory.usage_in_bytes"), "5\n").unwrap();
         fs::write(inner.join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();

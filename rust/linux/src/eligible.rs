@@ -6,6 +6,7 @@ use crate::sys::procmap::{Procmap, QueryStop};
 use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
 use std::io;
+use std::time::Instant;
 
 /// File systems whose `O_DIRECT` holds pages by plain references (finding F6).
 const NETWORK: [&str; 6] = ["nfs", "nfs4", "ceph", "9p", "cifs", "smb3"];
@@ -21,12 +22,12 @@ pub(crate) struct Eligible {
     pub(crate) frames: Vec<Span>,
     /// What its owner told the kernel about huge pages: wanted, refused, or nothing.
     pub(crate) huge: Option<bool>,
+    /// When the list of mappings was read, if that was for this.
+    pub(crate) read: Option<Instant>,
 }
 
 /// Refuses, by name, memory that cannot be merged.
-pub(crate) fn check(span: Span) -> Result<Eligible, Error> {
-    let read = Mappings::read(span)
-        .map_err(|e| Error::os("cannot read the list of mappings (/proc/self/smaps)", e))?;
+pub(crate) fn check(span: Span, read: &Mappings) -> Result<Eligible, Error> {
     let stretches = read.survey(span, |_| false);
     let found = Eligible {
         frames: stretches
@@ -34,7 +35,8 @@ pub(crate) fn check(span: Span) -> Result<Eligible, Error> {
             .filter(|s| shows_frames(s))
             .map(|s| s.span)
             .collect(),
-        huge: read.huge_page_advice(),
+        huge: read.huge_page_advice(span.start),
+        read: None,
     };
     let own: usize = found.frames.iter().map(|part| part.pages()).sum();
     let refused = |reason: Reason| -> usize {
@@ -71,20 +73,6 @@ pub(crate) fn check(span: Span) -> Result<Eligible, Error> {
 /// Whether frames of a region that has ended lie there, and can be merged again.
 fn shows_frames(stretch: &Stretch) -> bool {
     stretch.shows_frames && stretch.refusal == Some(Reason::FileBacked)
-}
-
-/// What the owners have changed about each of `spans`, as of now: see [`Mappings::altered`]. One look
-/// at the mappings does for all, since it takes 5 us for each mapping that the process has.
-pub(crate) fn altered(spans: &[Span]) -> Vec<Vec<(Span, Reason)>> {
-    let around = |a: Span, b: Span| Span::between(a.start.min(b.start), a.end().max(b.end()));
-    let all = spans.iter().copied().reduce(around).unwrap_or_default();
-    let read = Mappings::read(all);
-    let found = spans.iter().map(|&span| match &read {
-        Ok(read) => read.altered(span),
-        // What cannot be looked at may have been changed.
-        Err(_) => vec![(span, Reason::ProcUnreadable)],
-    });
-    found.collect()
 }
 
 /// Why the kernel does not let this memory be moved or written, found after it refused.

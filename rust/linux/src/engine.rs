@@ -14,7 +14,7 @@ use crate::space::{LinuxSpace, SpaceStats};
 use crate::sys::Span;
 use crate::sys::live::Live;
 use crate::sys::phase::{Phase, enter};
-use crate::{fork, sys, worker};
+use crate::{ballast, fork, sys, worker};
 use pagemerge_core::{
     ChangeError, Clock, Event, RegionId, RegionStats, RunMode, Scanner, Stats, StepReport, Tick,
     TraceSink, UnmergeError, UnregisterError,
@@ -27,6 +27,13 @@ use std::time::{Duration, Instant};
 /// Pages that one slice of work examines at most: some 10 ms in the worst case, so that other jobs
 /// and `stop` get their turn.
 const SLICE_PAGES: u32 = 1024;
+
+/// Records of this size and more are asked for before they grow: smaller ones fit the ballast.
+const LARGE_RECORDS: usize = 512 << 10;
+/// Slices after which the size of records is looked at again.
+const STEPS_BETWEEN_SIZES: u32 = 16;
+/// How long background merging waits when there is no memory for records.
+const SHORT_OF_MEMORY: Duration = Duration::from_millis(100);
 
 /// Events kept until somebody takes them; older ones are dropped and counted.
 const EVENTS_KEPT: usize = 1 << 16;
@@ -109,6 +116,9 @@ pub(crate) struct EngineState {
     batch_left: u32,
     /// The next step begins a full scan.
     between_scans: bool,
+    /// Bytes of all records, as of lately, and steps made.
+    records_bytes: usize,
+    steps: u32,
     last_error: Option<String>,
 }
 
@@ -130,6 +140,8 @@ impl EngineState {
             due: None,
             batch_left: 0,
             between_scans: true,
+            records_bytes: 0,
+            steps: 0,
             last_error: None,
         })
     }
@@ -144,8 +156,18 @@ impl EngineState {
         }
     }
 
+    /// Whether there is memory for what a slice may add to the records. Those of large regions grow in
+    /// steps as large as they are.
+    fn has_room_for_records(&self) -> bool {
+        !ballast::is_short()
+            && (self.records_bytes < LARGE_RECORDS || ballast::has_room(2 * self.records_bytes))
+    }
+
     /// One slice of scanning, its CPU time accounted.
     fn step(&mut self, budget: u32) -> Result<StepReport, Error> {
+        if !self.has_room_for_records() {
+            return Err(Error::no_memory("scan"));
+        }
         if self.between_scans {
             self.space.begin_pass();
             self.between_scans = false;
@@ -155,9 +177,12 @@ impl EngineState {
         let report = self.scanner.step(&mut self.space, clock, budget);
         self.cpu_nanos += nanos(sys::process::thread_cpu_time().saturating_sub(cpu));
         let report = report?;
-        if report.full_scan_done {
-            self.between_scans = true;
+        if report.full_scan_done || self.steps.is_multiple_of(STEPS_BETWEEN_SIZES) {
+            self.between_scans |= report.full_scan_done;
+            let bytes = self.scanner.stats().metadata_bytes + self.space.metadata_bytes();
+            self.records_bytes = usize::try_from(bytes).unwrap_or(usize::MAX / 4);
         }
+        self.steps = self.steps.wrapping_add(1);
         self.drop_lagging();
         Ok(report)
     }
@@ -182,6 +207,11 @@ impl EngineState {
     pub(crate) fn background_slice(&mut self) {
         if self.scanner.run() != RunMode::Merge {
             self.due = None;
+            return;
+        }
+        if !self.has_room_for_records() {
+            // The program has used up a limit, and may give something back.
+            self.due = Some(Instant::now() + SHORT_OF_MEMORY);
             return;
         }
         if self.batch_left == 0 {
@@ -234,6 +264,11 @@ impl EngineState {
 
     fn register(&mut self, handle: RegionHandle, live: Live, domain: &str) -> Result<(), Error> {
         let _phase = enter(Phase::Register);
+        // Its directories grow with its size, if slowly.
+        let large = handle.pages as usize / 512;
+        if !self.has_room_for_records() || large > LARGE_RECORDS && !ballast::has_room(large) {
+            return Err(Error::no_memory("register memory"));
+        }
         let key = (handle.addr, handle.pages, domain.to_owned());
         let revived = self
             .lagging
@@ -243,7 +278,7 @@ impl EngineState {
             self.space.reattach(id)?;
             id
         } else {
-            let found = LinuxSpace::check_mergeable(live.span())?;
+            let found = self.space.check_mergeable(live.span())?;
             let got = self
                 .scanner
                 .register(handle.pages, domain)
@@ -263,15 +298,53 @@ impl EngineState {
         Ok(())
     }
 
-    fn unregister(&mut self, handle: RegionHandle) -> Result<(), Error> {
-        // What the owner did to this memory since another region was un-merged is to be seen.
-        self.space.survey_anew();
-        self.unregister_as_surveyed(handle)
+    /// Refuses, with the figures and before anything is changed, to un-merge `regions` if there is not
+    /// memory for all the copies: running into a limit half-way would bring in the OOM killer.
+    fn has_room_to_unmerge(&mut self, regions: &[RegionId]) -> Result<(), Error> {
+        let stats = regions
+            .iter()
+            .filter_map(|id| self.scanner.region_stats(*id));
+        let recorded: u64 = stats
+            .map(|it| it.ksm_merging_pages + it.ksm_zero_pages)
+            .sum();
+        if recorded == 0 {
+            return Ok(());
+        }
+        // Where it cannot be asked, each batch finds out.
+        let Some((available, bound, kept)) = self.space.room_for_copies() else {
+            return Ok(());
+        };
+        let needed = |pages: u64| pages * crate::page_size() as u64 + kept;
+        if needed(recorded) <= available {
+            return Ok(());
+        }
+        // Pages that were written since have their copies already.
+        self.scanner.refresh(&mut self.space)?;
+        let pages = regions
+            .iter()
+            .map(|id| u64::from(self.scanner.pages_to_copy(*id)))
+            .sum();
+        if pages == 0 || needed(pages) <= available {
+            return Ok(());
+        }
+        Err(Error::UnmergeMemory {
+            pages,
+            needed: needed(pages),
+            available,
+            bound,
+        })
     }
 
-    fn unregister_as_surveyed(&mut self, handle: RegionHandle) -> Result<(), Error> {
+    fn unregister(&mut self, handle: RegionHandle) -> Result<(), Error> {
         let _phase = enter(Phase::Unregister);
         let id = self.region(handle)?;
+        self.has_room_to_unmerge(&[id])?;
+        // What the owner did to this memory since another region was un-merged is to be seen.
+        self.space.survey_anew();
+        self.unmerge_region(handle, id)
+    }
+
+    fn unmerge_region(&mut self, handle: RegionHandle, id: RegionId) -> Result<(), Error> {
         let span = Span::new(handle.addr, handle.pages as usize * crate::page_size());
         self.space.close_again(span)?;
         self.scanner
@@ -345,6 +418,15 @@ impl EngineState {
                 why: LinuxSpace::why_no_barrier(),
             });
         }
+        if run == RunMode::Unmerge && self.scanner.run() != RunMode::Unmerge {
+            let regions: Vec<RegionId> = self.regions.values().map(|(_, id)| *id).collect();
+            if let Err(error) = self.has_room_to_unmerge(&regions) {
+                // As after any un-merging that fails. Stopping cannot.
+                let _ = self.scanner.set_run(&mut self.space, RunMode::Stop);
+                self.due = None;
+                return Err(error);
+            }
+        }
         self.scanner
             .set_run(&mut self.space, run)
             .map_err(|e| match e {
@@ -416,11 +498,13 @@ impl EngineState {
     fn close(&mut self) -> Result<(), Error> {
         let _phase = enter(Phase::Close);
         self.due = None;
-        let handles: Vec<RegionHandle> = self.regions.values().map(|(handle, _)| *handle).collect();
+        let all: Vec<(RegionHandle, RegionId)> = self.regions.values().copied().collect();
+        let regions: Vec<RegionId> = all.iter().map(|(_, id)| *id).collect();
+        self.has_room_to_unmerge(&regions)?;
         // One look at the mappings for all regions.
         self.space.survey_anew();
-        for handle in handles {
-            self.unregister_as_surveyed(handle)?;
+        for (handle, id) in all {
+            self.unmerge_region(handle, id)?;
         }
         Ok(())
     }
@@ -570,6 +654,7 @@ impl Engine {
     /// Gives every page of the region its own copy back (`MADV_UNMERGEABLE`) and drops it.
     ///
     /// # Errors
+    /// [`Error::UnmergeMemory`] when there is not memory for all the copies: nothing is changed then.
     /// [`Error::Unmerge`] when pages could not be given back: they stay merged and registered.
     pub fn unregister(&self, region: RegionHandle) -> Result<(), Error> {
         self.on(move |engine| engine.unregister(region))
@@ -676,7 +761,8 @@ impl Engine {
     /// Sets the run mode; 2 un-merges everything.
     ///
     /// # Errors
-    /// [`Error::NeedsBarrier`], or [`Error::Unmerge`] when pages could not be given back.
+    /// [`Error::NeedsBarrier`]; [`Error::UnmergeMemory`] or [`Error::Unmerge`] when pages could not be
+    /// given back: the mode is 0 then.
     pub fn set_run(&self, run: RunMode) -> Result<(), Error> {
         self.on(move |engine| engine.set_run(run))
     }
@@ -769,7 +855,8 @@ impl Engine {
     /// is fine.
     ///
     /// # Errors
-    /// [`Error::Unmerge`] when pages could not be given back; then the engine stays open.
+    /// [`Error::UnmergeMemory`] or [`Error::Unmerge`] when pages could not be given back; then the engine
+    /// stays open.
     pub fn close(&self) -> Result<(), Error> {
         let id = self.0.id;
         match self.on(EngineState::close) {

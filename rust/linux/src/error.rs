@@ -3,6 +3,7 @@
 //! A lost race or a page that must be left alone is never an error: it is an outcome, counted by
 //! [`Reason`]. An error leaves everything as it was, unless its text says otherwise.
 
+use crate::accounting::Bound;
 use crate::settings::Barrier;
 use pagemerge_core::{Reason, SettingError};
 use std::io;
@@ -97,6 +98,22 @@ pub enum Error {
         /// Why the last of them was refused.
         reason: Reason,
     },
+    /// There is not memory enough for the copies, seen before the first was made: everything stays
+    /// merged and registered.
+    #[error(
+        "cannot un-merge: copies of {pages} pages need {needed} bytes, and {bound} leaves \
+         {available}; nothing was changed: free memory or raise the limit, then try again"
+    )]
+    UnmergeMemory {
+        /// How many pages are merged, zero pages included.
+        pages: u64,
+        /// Bytes that their copies need, with what making them takes.
+        needed: u64,
+        /// Bytes that can be had.
+        available: u64,
+        /// What bounds them.
+        bound: Bound,
+    },
     /// A limit of this process makes frames impossible.
     #[error("cannot make frames: {0}")]
     Limit(String),
@@ -114,6 +131,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// There is no memory for our own records: nothing was done, and nothing is broken.
+    pub(crate) fn no_memory(what: &str) -> Self {
+        Self::os(
+            format!("cannot {what}: no memory for the engine's own records; nothing was changed"),
+            io::Error::from_raw_os_error(libc::ENOMEM),
+        )
+    }
+
     pub(crate) fn os(attempted: impl Into<String>, source: io::Error) -> Self {
         Self::Os {
             attempted: attempted.into(),

@@ -40,7 +40,7 @@ pub fn smaps(text: &[u8], start: usize, end: usize) {
         assert!(vma.span.overlaps(range), "{vma:?} is not in {range:?}");
     }
     let mappings = Mappings::of(vmas);
-    let _ = mappings.huge_page_advice();
+    let _ = mappings.huge_page_advice(range.start);
     for (part, _) in mappings.altered(range) {
         assert!(range.covers(part), "{part:?} is not in {range:?}");
     }

@@ -16,6 +16,7 @@
 //! * `sys`: every system call, and all `unsafe` but the promise in [`Engine::register`].
 
 pub mod accounting;
+mod ballast;
 mod barrier;
 mod bitmap;
 mod eligible;
@@ -33,6 +34,7 @@ mod probe;
 mod restore;
 mod settings;
 mod space;
+mod survey;
 mod sys;
 mod watch;
 mod window;

@@ -19,10 +19,12 @@
 //! # Cost
 //! The kernel tells the flags of a mapping only together with a count of its pages, and only for all
 //! mappings from the lowest up to the range: 5 us for each, 0.3 s near the limit of 65,530. Many
-//! ranges are better surveyed by one [`Mappings`].
+//! ranges are better surveyed by one [`Mappings`]: [`crate::survey`] keeps one for a while.
 
+use crate::sys::procmap::Found;
 use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
+use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::BitOr;
 
@@ -118,7 +120,7 @@ pub(crate) struct Vma {
     /// The file's number, or 0.
     pub(crate) inode: u64,
     /// The file's path, or what the kernel calls it: `[heap]`, `[stack]`, `[anon:...]`.
-    pub(crate) name: String,
+    pub(crate) name: Cow<'static, str>,
     /// Its flags.
     pub(crate) flags: Flags,
     protection_key: u32,
@@ -138,7 +140,12 @@ impl Vma {
         let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
         let _device = fields.next()?;
         let inode = fields.next()?.trim().parse().ok()?;
-        let name = fields.next().unwrap_or_default().trim().to_owned();
+        // Frames may be mapped in very many places.
+        let name = match fields.next().unwrap_or_default().trim() {
+            "" => Cow::Borrowed(""),
+            frames if frames.starts_with(FRAMES) => Cow::Borrowed(FRAMES),
+            other => Cow::Owned(other.to_owned()),
+        };
         let [read, write, execute, sharing] = *permissions else {
             return None;
         };
@@ -273,10 +280,26 @@ impl Mappings {
         }
     }
 
-    /// What the owner told the kernel about huge pages in the first mapping: wanted, refused, or
-    /// nothing.
-    pub(crate) fn huge_page_advice(&self) -> Option<bool> {
-        let flags = self.vmas.first()?.flags;
+    /// The first mapping that ends behind `address`.
+    fn first_reaching(&self, address: usize) -> usize {
+        self.vmas.partition_point(|vma| vma.span.end() <= address)
+    }
+
+    /// Whether `found`, a mapping as it is now, is (a part of) one in the list, of the same kind.
+    pub(crate) fn knows(&self, found: &Found) -> bool {
+        self.vmas
+            .get(self.first_reaching(found.span.start))
+            .is_some_and(|vma| {
+                vma.span.covers(found.span)
+                    && vma.inode == found.inode
+                    && (vma.readable && vma.writable && !vma.shared) == found.private_and_writable
+            })
+    }
+
+    /// What the owner told the kernel about huge pages in the mapping at `address`: wanted, refused,
+    /// or nothing.
+    pub(crate) fn huge_page_advice(&self, address: usize) -> Option<bool> {
+        let flags = self.vmas.get(self.first_reaching(address))?.flags;
         if flags.any(Flags::HUGE_PAGES) {
             return Some(true);
         }
@@ -289,9 +312,7 @@ impl Mappings {
     pub(crate) fn altered(&self, range: Span) -> Vec<(Span, Reason)> {
         let mut found = Vec::new();
         let mut at = range.start;
-        let first = self
-            .vmas
-            .partition_point(|vma| vma.span.end() <= range.start);
+        let first = self.first_reaching(range.start);
         for vma in &self.vmas[first..] {
             if vma.span.start >= range.end() {
                 break;
@@ -305,7 +326,7 @@ impl Mappings {
             at = part.end();
             let mut plain = vma.clone();
             if plain.name.starts_with(FRAMES) {
-                (plain.inode, plain.name) = (0, String::new());
+                (plain.inode, plain.name) = (0, Cow::Borrowed(""));
             }
             if let Some(reason) = plain.refusal(true) {
                 found.push((part, reason));
@@ -338,9 +359,7 @@ impl Mappings {
             }
         };
         let mut at = range.start;
-        let first = self
-            .vmas
-            .partition_point(|vma| vma.span.end() <= range.start);
+        let first = self.first_reaching(range.start);
         for vma in &self.vmas[first..] {
             if vma.span.start >= range.end() {
                 break;
@@ -411,6 +430,10 @@ pub(crate) fn parse(mut lines: impl BufRead, range: Span) -> io::Result<Vec<Vma>
             }
             inside = vma.span.overlaps(range);
             if inside {
+                // The list may be long, and the program at a limit.
+                found
+                    .try_reserve(1)
+                    .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
                 found.push(vma);
             }
         } else if inside && let Some(vma) = found.last_mut() {

@@ -46,6 +46,7 @@ use crate::hash::PageHasher;
 use crate::mappings;
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings, Remerge};
+use crate::survey::Survey;
 use crate::sys::live::Live;
 use crate::sys::mapping::is_mapped;
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap};
@@ -123,6 +124,8 @@ struct Region {
     /// that was looked at.
     altered: Vec<(Span, Reason)>,
     surveyed: Option<Instant>,
+    /// Nothing of it is merged by a list of mappings that was read before this.
+    since: Instant,
 }
 
 impl Region {
@@ -163,6 +166,9 @@ pub(crate) struct LinuxSpace {
     lost_races: u64,
     /// Quiet pages have had the owner's changes looked at in this pass.
     surveyed_in_pass: bool,
+    /// The list of mappings, and when the last thing happened that an older one does not do for.
+    survey: Survey,
+    survey_since: Instant,
     /// When pages were last un-merged: a series of batches needs one look at the mappings.
     unshared_at: Option<Instant>,
     /// Bytes left before a limit, and when that was asked; `None` where it cannot be asked.
@@ -234,6 +240,8 @@ impl LinuxSpace {
             forbidden: None,
             lost_races: 0,
             surveyed_in_pass: false,
+            survey: Survey::default(),
+            survey_since: Instant::now(),
             unshared_at: None,
             headroom: None,
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
@@ -299,6 +307,7 @@ impl LinuxSpace {
             Ok(true) => Some(Reason::NetworkDirectIo),
             Err(_) => Some(Reason::ProcUnreadable),
         };
+        self.survey.drop_old();
         let records = eligible::thread_records().unwrap_or_else(|_| {
             self.forbidden = Some(Reason::ProcUnreadable);
             Vec::new()
@@ -333,8 +342,16 @@ impl LinuxSpace {
     }
 
     /// Refuses, by name, memory that cannot be merged.
-    pub(crate) fn check_mergeable(span: Span) -> Result<Eligible, Error> {
-        eligible::check(span)
+    pub(crate) fn check_mergeable(&mut self, span: Span) -> Result<Eligible, Error> {
+        let now = Instant::now();
+        let (list, read) = self
+            .survey
+            .for_registering(span, &self.maps)
+            .map_err(|e| Error::os("cannot read the list of mappings (/proc/self/smaps)", e))?;
+        Ok(Eligible {
+            read: (read >= now).then_some(read),
+            ..eligible::check(span, &list)?
+        })
     }
 
     pub(crate) fn add_region(
@@ -354,7 +371,9 @@ impl LinuxSpace {
             attached: true,
             huge: found.huge,
             altered: Vec::new(),
-            surveyed: Some(Instant::now()),
+            surveyed: found.read,
+            // By an old list its pages are looked up once more.
+            since: found.read.unwrap_or_else(Instant::now),
         };
         for part in &found.frames {
             let first = (part.start - live.span().start) / self.page;
@@ -569,11 +588,6 @@ impl LinuxSpace {
     pub(crate) fn stats(&mut self) -> SpaceStats {
         self.settle();
         self.budget.recount();
-        let bitmaps: usize = self
-            .regions
-            .values()
-            .map(|region| region.mapped.bytes())
-            .sum();
         SpaceStats {
             mappings: self.budget.used,
             mapping_budget: self.budget.allowed(),
@@ -582,10 +596,19 @@ impl LinuxSpace {
             generations: self.frames.generations() as u64,
             windows: self.windows.opened,
             lost_races: self.lost_races,
-            metadata_bytes: self.frames.metadata_bytes()
-                + bitmaps as u64
-                + self.watches.as_ref().map_or(0, Watches::metadata_bytes),
+            metadata_bytes: self.metadata_bytes(),
         }
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        let bitmaps: usize = self
+            .regions
+            .values()
+            .map(|region| region.mapped.bytes())
+            .sum();
+        self.frames.metadata_bytes()
+            + bitmaps as u64
+            + self.watches.as_ref().map_or(0, Watches::metadata_bytes)
     }
 
     fn region_of(&self, page: PageId) -> Option<(&Region, usize)> {

@@ -21,6 +21,7 @@
 //! * A panic in a job is caught: windows have put their pages back while unwinding, the engine
 //!   concerned is closed to further calls, and the caller gets an error.
 
+use crate::ballast::{self, Ballast};
 use crate::engine::EngineState;
 use crate::error::Error;
 use crate::fork::{self, Gate};
@@ -138,12 +139,15 @@ impl Stage {
     }
 
     fn serve(&mut self, jobs: &Receiver<Job>) {
+        let mut ballast = Ballast::default();
+        ballast.take();
         loop {
             let due = self.next_due();
             let job = match due {
                 None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some((at, _)) => jobs.recv_timeout(at.saturating_duration_since(Instant::now())),
             };
+            ballast.spend();
             match job {
                 // A panic outside any engine's own work: the caller sees its reply missing.
                 Ok(job) => drop(catch_unwind(AssertUnwindSafe(|| job(self)))),
@@ -157,6 +161,7 @@ impl Stage {
                 // The sender is leaked in a static, so this does not happen.
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+            ballast.take();
         }
     }
 }
@@ -230,6 +235,9 @@ fn sender() -> Result<Sender<Job>, Error> {
 pub(crate) fn call<R: Send + 'static>(
     work: impl FnOnce(&mut Stage) -> R + Send + 'static,
 ) -> Result<R, Error> {
+    if !ballast::has_room_for_a_job() {
+        return Err(Error::no_memory("hand work to the merging thread"));
+    }
     let (reply, answer) = mpsc::channel();
     let job: Job = Box::new(move |stage| {
         let result = work(stage);

@@ -341,7 +341,7 @@ fn unmerge_in_a_group() {
         .unregister(region)
         .expect_err("there is memory for half of it only");
     assert!(
-        matches!(error, Error::Unmerge { pages, .. } if pages > 0),
+        matches!(error, Error::UnmergeMemory { pages, .. } if pages > 0),
         "{error}"
     );
     println!("figure: {error}");

@@ -4,7 +4,7 @@
 //! `errno` set, and all that is ours derives from `pagemerge.Error`. The classes themselves are
 //! Python's (`pagemerge._errors`), because several of them have two bases.
 
-use pagemerge_core::SettingError;
+use pagemerge_core::{Reason, SettingError};
 use pagemerge_linux::Error;
 use pyo3::call::PyCallArgs;
 use pyo3::exceptions::{PyOSError, PyValueError};
@@ -49,6 +49,11 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
         Error::Unmerge { pages, reason } => {
             ours(py, "UnmergeError", (message, pages, reason.name()))
         }
+        Error::UnmergeMemory { pages, .. } => ours(
+            py,
+            "UnmergeError",
+            (message, pages, Reason::NoMemory.name()),
+        ),
         // Built by hand: the blanket conversion of io::Error would drop `errno`.
         Error::Os { source, .. } => match source.raw_os_error() {
             Some(number) => PyOSError::new_err((number, message)),

@@ -214,20 +214,21 @@ impl LinuxSpace {
     /// changed it since he registered it. What is known may be as old as [`SURVEY_FRESH`]; changes of
     /// protection and locks the kernel sees itself when pages are moved.
     pub(super) fn altered(&mut self, page: PageId, span: Span) -> Option<Reason> {
-        let (&first, region) = self.regions.range(..=page.0).next_back()?;
-        let now = Instant::now();
-        if region
-            .surveyed
-            .is_none_or(|at| now.duration_since(at) >= SURVEY_FRESH)
-        {
-            // All regions at once: looking takes as long as for one.
-            let spans: Vec<Span> = self.regions.values().map(|it| it.live.span()).collect();
-            let found = eligible::altered(&spans);
-            for (region, found) in self.regions.values_mut().zip(found) {
-                (region.altered, region.surveyed) = (found, Some(now));
-            }
+        let (_, region) = self.regions.range_mut(..=page.0).next_back()?;
+        let oldest = Instant::now().checked_sub(self.survey.patience(SURVEY_FRESH));
+        let since = self.survey_since.max(region.since);
+        let since = oldest.map_or(since, |oldest| oldest.max(since));
+        if region.surveyed.is_none_or(|at| at < since) {
+            // What cannot be looked at may have been changed.
+            let read = self.survey.newer_than(since).ok();
+            let all = region.live.span();
+            region.altered = read.as_ref().map_or_else(
+                || vec![(all, Reason::ProcUnreadable)],
+                |(list, _)| list.altered(all),
+            );
+            region.surveyed = Some(read.map_or_else(Instant::now, |(_, at)| at));
         }
-        let altered = &self.regions.get(&first)?.altered;
+        let altered = &region.altered;
         let at = altered.partition_point(|(part, _)| part.end() <= span.start);
         let (part, reason) = altered.get(at)?;
         part.overlaps(span).then_some(*reason)
@@ -236,9 +237,7 @@ impl LinuxSpace {
     /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
     /// this pass, or this un-merging.
     pub(crate) fn survey_anew(&mut self) {
-        for region in self.regions.values_mut() {
-            region.surveyed = None;
-        }
+        self.survey_since = Instant::now();
     }
 
     /// Takes the written bits of tracked pages and protects them again, each in one moment, so that

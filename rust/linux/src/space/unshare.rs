@@ -1,7 +1,7 @@
 //! Giving pages copies of their own: back into anonymous memory where that is safe, else in place.
 
 use super::{HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, SURVEY_FRESH, for_runs};
-use crate::accounting;
+use crate::accounting::{self, Bound};
 use crate::eligible;
 use crate::mappings;
 use crate::restore::Restore;
@@ -37,6 +37,15 @@ impl LinuxSpace {
         self.headroom = accounting::headroom().ok().map(|bytes| (bytes, now));
     }
 
+    /// Bytes that may go into copies when pages are un-merged, what bounds them, and what is to be left
+    /// besides; `None` where that cannot be asked.
+    pub(crate) fn room_for_copies(&self) -> Option<(u64, Bound, u64)> {
+        let (bytes, bound) = accounting::room().ok()?;
+        // What a batch keeps free, and the run that is being prepared.
+        let kept = HEADROOM_BYTES / 4 + 2 * (MAX_PAGES * self.page) as u64;
+        Some((bytes, bound, kept))
+    }
+
     /// Gives pages copies of their own, a run at a time: those that were never written move back into
     /// anonymous memory, the others (and all, where nothing holds writers off) are populated in place
     /// (finding F3).
@@ -63,7 +72,7 @@ impl LinuxSpace {
         self.look_at_headroom();
         if self
             .unshared_at
-            .is_none_or(|at| at.elapsed() > SURVEY_FRESH / 10)
+            .is_none_or(|at| at.elapsed() > self.survey.patience(SURVEY_FRESH / 10))
         {
             self.survey_anew();
         }

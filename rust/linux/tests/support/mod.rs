@@ -66,6 +66,12 @@ pub(crate) enum Need {
     Guard,
     /// The switch for huge pages in shared memory.
     ShmemHuge,
+    /// A memory cgroup of version 2.
+    MemoryGroup2,
+    /// A group that limits how many threads there are (cgroup version 1).
+    ThreadGroup,
+    /// Settings of the whole machine that other programs feel: on a machine that nobody else uses.
+    WholeMachine,
 }
 
 impl Need {
@@ -79,6 +85,8 @@ impl Need {
                 | Self::HugePages
                 | Self::ShmemHuge
                 | Self::DirectIo
+                | Self::MemoryGroup2
+                | Self::ThreadGroup
         )
     }
 
@@ -111,6 +119,26 @@ impl Need {
             Self::Guard => os::guard_probe()
                 .err()
                 .map(|e| format!("MADV_GUARD_INSTALL: {e}")),
+            Self::MemoryGroup2 => {
+                let path = "/sys/fs/cgroup/cgroup.controllers";
+                let listed = fs::read_to_string(path).unwrap_or_default();
+                let there = listed.split_whitespace().any(|name| name == "memory");
+                (!there)
+                    .then(|| format!("no memory controller in {path} (cgroup version 1?)"))
+                    .or_else(|| Self::Root.missing())
+            }
+            Self::ThreadGroup => {
+                there("/sys/fs/cgroup/pids/cgroup.procs").or_else(|| Self::Root.missing())
+            }
+            Self::WholeMachine => {
+                let asked = std::env::var_os("PAGEMERGE_WHOLE_MACHINE").is_some()
+                    || std::env::var("CI").is_ok_and(|value| value == "true");
+                (!asked)
+                    .then(|| {
+                        "changes vm.* for every program: PAGEMERGE_WHOLE_MACHINE=1 allows it".into()
+                    })
+                    .or_else(|| Self::Root.missing())
+            }
             Self::ShmemHuge => there("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
                 .or_else(|| Self::Root.missing()),
         }

@@ -659,8 +659,21 @@ impl Child {
     }
 }
 
+/// Memory for the test's own allocations on this thread, so that a limit is met by the engine and not by
+/// the test: pieces that are free again, below one that is not (or they would go back to the kernel).
+pub(crate) fn stock_up() -> Vec<u8> {
+    let pieces: Vec<Vec<u8>> = (0..200).map(|_| Vec::with_capacity(100 << 10)).collect();
+    let above = Vec::with_capacity(100 << 10);
+    drop(pieces);
+    above
+}
+
+/// Sets a soft limit, at most to the hard one.
 pub(crate) fn limit(resource: u32, soft: u64) {
-    let pair = [soft, libc::RLIM_INFINITY];
+    let mut pair = [0_u64; 2];
+    let at = [0, resource as usize, 0, pair.as_mut_ptr().addr()];
+    call(libc::SYS_prlimit64, &at).expect("a limit of our own process");
+    pair[0] = soft.min(pair[1]);
     let at = [0, resource as usize, pair.as_ptr().addr(), 0];
     call(libc::SYS_prlimit64, &at).expect("a limit of our own process");
 }
@@ -765,6 +778,14 @@ impl Group {
         text.trim().parse().expect("a number")
     }
 
+    /// How often the OOM killer has been there, and how often the limit was met.
+    pub(crate) fn misery(&self) -> (u64, u64) {
+        let text = fs::read_to_string(self.0.join("memory.oom_control")).unwrap_or_default();
+        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        let kills = kills.and_then(|text| text.trim().parse().ok());
+        (kills.unwrap_or(0), self.get("memory.failcnt"))
+    }
+
     /// The group cannot get on without more memory: its processes wait.
     pub(crate) fn is_stuck(&self) -> bool {
         let text = fs::read_to_string(self.0.join("memory.oom_control")).unwrap_or_default();
@@ -788,6 +809,53 @@ impl Drop for Group {
 /// Moves this process into a group.
 pub(crate) fn enter_group(path: &str) {
     fs::write(format!("{path}/cgroup.procs"), "0").expect("entering a memory group");
+}
+
+/// A group (cgroup version 1) that limits how many threads its processes have.
+#[derive(Debug)]
+pub(crate) struct ThreadGroup(PathBuf);
+
+impl ThreadGroup {
+    pub(crate) fn new(name: &str) -> Self {
+        let path = format!(
+            "/sys/fs/cgroup/pids/pagemerge-test-{name}-{}",
+            std::process::id()
+        );
+        fs::create_dir(&path).expect("a group");
+        Self(path.into())
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.0.to_str().expect("plain text")
+    }
+}
+
+impl Drop for ThreadGroup {
+    fn drop(&mut self) {
+        // Processes leave it a moment after they are reaped.
+        for _ in 0..200 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        println!("a group is left behind: {}", self.path());
+    }
+}
+
+pub(crate) const CAP_IPC_LOCK: u32 = 14;
+
+/// Gives up a capability of this thread, and of those it starts from now on.
+pub(crate) fn drop_capability(number: u32) {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    let mut sets = [0_u32; 6];
+    let at = [header.as_ptr().addr(), sets.as_mut_ptr().addr()];
+    call(libc::SYS_capget, &at).expect("our own capabilities");
+    for set in &mut sets[..3] {
+        *set &= !(1 << number);
+    }
+    call(libc::SYS_capset, &at).expect("fewer capabilities");
 }
 
 // ------------------------------------------------------------------------- zram
@@ -842,6 +910,85 @@ impl Drop for Swap {
         );
         println!("swap put back: {off:?} {reset:?} {removed:?}");
     }
+}
+
+/// A setting of the whole machine under `/proc/sys`, put back when it is dropped. A keeper of its own
+/// session puts it back when this process is killed.
+#[derive(Debug)]
+pub(crate) struct Sysctl {
+    path: PathBuf,
+    before: String,
+    keeper: std::process::Child,
+    _lock: MachineLock,
+}
+
+impl Sysctl {
+    pub(crate) fn hold(name: &str) -> Self {
+        use std::os::unix::process::CommandExt;
+        let lock = MachineLock::take();
+        let path = PathBuf::from(format!("/proc/sys/{name}"));
+        let before = fs::read_to_string(&path).expect("a setting");
+        let before = before.trim().to_owned();
+        let script = format!("cat > /dev/null; echo {before} > {}", path.display());
+        let keeper = std::process::Command::new("setsid")
+            .args(["sh", "-c", &script])
+            .stdin(std::process::Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("a keeper of the setting");
+        Self {
+            path,
+            before,
+            keeper,
+            _lock: lock,
+        }
+    }
+
+    pub(crate) fn set(&self, value: u64) {
+        fs::write(&self.path, value.to_string()).expect("a setting of the machine");
+    }
+}
+
+impl Drop for Sysctl {
+    fn drop(&mut self) {
+        let back = fs::write(&self.path, &self.before);
+        // Its input ends, and it does the same once more.
+        drop(self.keeper.stdin.take());
+        let kept = self.keeper.wait();
+        println!("{} put back: {back:?} {kept:?}", self.path.display());
+    }
+}
+
+/// Shows this process, and nobody else, `text` in the place of a file.
+pub(crate) fn pretend(path: &str, text: &str) {
+    const NOWHERE: usize = 0;
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    let c = |text: &str| CString::new(text).expect("no zero in it");
+    ONCE.call_once(|| {
+        call(libc::SYS_unshare, &[libc::CLONE_NEWNS as usize])
+            .expect("a view of mounts of our own");
+        let (root, flags) = (c("/"), libc::MS_REC | libc::MS_PRIVATE);
+        let at = [
+            NOWHERE,
+            root.as_ptr().addr(),
+            NOWHERE,
+            flags as usize,
+            NOWHERE,
+        ];
+        call(libc::SYS_mount, &at).expect("mounts that nobody else sees");
+    });
+    let file = temporary("pretended");
+    fs::write(&file, text).expect("a file");
+    let (from, to) = (c(file.to_str().expect("plain text")), c(path));
+    let at = [
+        from.as_ptr().addr(),
+        to.as_ptr().addr(),
+        NOWHERE,
+        libc::MS_BIND as usize,
+        NOWHERE,
+    ];
+    call(libc::SYS_mount, &at).expect("a file over another");
+    fs::remove_file(&file).expect("our own file");
 }
 
 /// Held by tests that change a setting of the whole machine.
