@@ -208,13 +208,17 @@ impl<'a> Readable<'a> {
 /// When the list of threads cannot be read.
 pub(crate) fn thread_records() -> io::Result<Vec<Span>> {
     let page = page_size();
-    let threads = files::read_dir("/proc/self/task")?.collect::<io::Result<Vec<_>>>()?;
-    let records = threads
+    let mut heads = Vec::new();
+    for entry in files::read_dir("/proc/self/task")? {
+        let name = entry?.file_name();
+        if let Some(thread) = name.to_str().and_then(|text| text.parse().ok()) {
+            heads.extend(process::robust_list_head(thread)?);
+        }
+    }
+    let records = heads
         .into_iter()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         // The head of the list of robust mutexes lies in the record, 16 bytes from the tid word in
         // glibc, and never far.
-        .filter_map(|thread| process::robust_list_head(thread).ok().flatten())
         .map(|head| {
             let first = head.saturating_sub(NEAR) & !(page - 1);
             let end = ((head + NEAR) & !(page - 1)) + page;

@@ -503,7 +503,7 @@ fn thread_records(range: Span) -> io::Result<Vec<ThreadRecord>> {
             continue;
         };
         // A thread that has ended meanwhile has no record any more.
-        let Ok(Some(head)) = process::robust_list_head(thread) else {
+        let Some(head) = process::robust_list_head(thread)? else {
             continue;
         };
         let stack = if thread.unsigned_abs() == main {

@@ -29,6 +29,7 @@ use crate::fork::Gate;
 use crate::sys::Span;
 use crate::sys::live::Live;
 use crate::sys::pagemap::Pagemap;
+use crate::sys::bare::Thread;
 use crate::sys::phase::{Phase, enter};
 use crate::sys::thread::spawn_helper;
 use crate::sys::uffd::{
@@ -40,7 +41,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// What both threads see.
@@ -49,6 +49,8 @@ struct Common {
     /// Held by the window while it is open, by the helper while it lifts a protection.
     in_window: Gate,
     stop: AtomicBool,
+    /// The helper has had to end all watches, and itself.
+    over: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +68,10 @@ const LOOKS: u8 = 4;
 const OFFER: u32 = 4;
 /// How long a page is left alone then, in quiet times.
 const REST: u32 = 1;
+
+/// How often the helper tries before it takes it that no ioctl works any more (a filter that was
+/// installed in mid life).
+const LIFTING_TRIES: u32 = 50;
 
 /// How long the helper sleeps between looks where the kernel cannot let it wait.
 const LOOKING: Duration = Duration::from_millis(1);
@@ -91,7 +97,7 @@ pub(crate) struct Watches {
     uffd: Userfaultfd,
     waker: Waker,
     common: Arc<Common>,
-    helper: Option<JoinHandle<()>>,
+    helper: Option<Thread>,
     pagemap: Rc<Pagemap>,
     pages: HashMap<usize, Watched>,
     /// Pages whose watch was given up, and until when they rest.
@@ -181,6 +187,11 @@ impl Watches {
         }
     }
 
+    /// The helper has had to end all watches. New ones need another userfaultfd.
+    pub(crate) fn is_over(&self) -> bool {
+        self.common.over.load(Ordering::Acquire)
+    }
+
     pub(crate) fn is_watched(&self, page: usize) -> bool {
         self.pages.contains_key(&page)
     }
@@ -263,7 +274,7 @@ impl Drop for Watches {
         self.waker.wake();
         if let Some(helper) = self.helper.take() {
             // It ends within a system call; a panic of its own has been printed already.
-            let _ = helper.join();
+            helper.join();
         }
         // Dropping the userfaultfd lifts every protection that is left and wakes everybody.
     }
@@ -278,7 +289,7 @@ fn pages(span: Span, page: usize) -> impl Iterator<Item = usize> {
 /// thread for the gate. So it is caught, and what was under way is done again.
 fn help(uffd: &UffdHelper, waker: &WakerHelper, common: &Common, page: usize) {
     let mut inbox = Inbox::default();
-    while !common.stop.load(Ordering::Acquire) {
+    while !common.stop.load(Ordering::Acquire) && !common.over.load(Ordering::Acquire) {
         let work = AssertUnwindSafe(|| help_on(uffd, waker, common, page, &mut inbox));
         // The panic has been printed already.
         let _ = catch_unwind(work);
@@ -328,6 +339,21 @@ impl Drop for Shut<'_> {
     }
 }
 
+/// Lets the writers of a page go on. Says whether it could.
+fn let_go_on(uffd: &UffdHelper, at: Span) -> bool {
+    for _ in 0..LIFTING_TRIES {
+        // If the page has been mapped over or let go meanwhile there is nothing to lift, and then
+        // lifting wakes nobody. If lifting fails otherwise, whoever is woken comes again.
+        let lifted = uffd.unprotect(at, Wake::Now).is_ok();
+        let woken = uffd.wake(at).is_ok();
+        if lifted || woken {
+            return true;
+        }
+        std::thread::sleep(LOOKING);
+    }
+    false
+}
+
 /// Settles what is in the inbox, then waits for more.
 fn help_on(
     uffd: &UffdHelper,
@@ -341,10 +367,14 @@ fn help_on(
         if let Event::Fault { address, .. } = inbox.events[inbox.settled].decode() {
             let at = Span::new(address / page * page, page);
             let _shut = Shut::new(&common.in_window);
-            // If the page has been mapped over or let go meanwhile there is nothing to lift, and
-            // then lifting wakes nobody. If lifting fails otherwise, whoever is woken comes again.
-            let _ = uffd.unprotect(at, Wake::Now);
-            let _ = uffd.wake(at);
+            if !let_go_on(uffd, at) {
+                // Nothing can be lifted any more: all watches end at once, since somebody waits.
+                while uffd.end(waker).is_err() {
+                    std::thread::sleep(LOOKING);
+                }
+                common.over.store(true, Ordering::Release);
+                return;
+            }
         }
         inbox.settled += 1;
     }

@@ -19,6 +19,7 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod bare;
 pub(crate) mod canary;
 pub(crate) mod files;
 #[cfg(feature = "inject")]
@@ -367,6 +368,7 @@ calls! {
     Eventfd,
     EventfdWrite,
     EventfdRead,
+    HelperDup,
     // What pages and mappings are.
     OpenPagemap,
     PagemapScan,

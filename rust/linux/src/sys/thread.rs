@@ -1,10 +1,11 @@
 //! Threads of our own: the merging thread with its own descriptor table, and its helper.
 
+use super::bare::Thread;
 use super::process::{self, SignalsBlocked, TableStop};
 use super::uffd::{UffdHelper, Userfaultfd, Waker, WakerHelper};
 use super::{Call, Errno, through};
 use std::io;
-use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 
 /// Starts a thread that no signal interrupts, and whose descriptor table holds nothing of the
 /// program's. `body` learns whether the table could be made; if not, it must return at once.
@@ -14,7 +15,7 @@ use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 pub(crate) fn spawn_isolated(
     name: &str,
     body: impl FnOnce(Result<(), TableStop>) + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<Thread> {
     spawn(Call::SpawnMerging, name, move || {
         // It cannot fail; if it did, a signal handler of the program would run here now and then.
         let _signals = SignalsBlocked::new();
@@ -35,7 +36,7 @@ pub(crate) fn spawn_helper(
     uffd: &Userfaultfd,
     waker: &Waker,
     body: impl FnOnce(&UffdHelper, &WakerHelper) + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<Thread> {
     // SAFETY: used on the thread spawned below only, which shares our table; `crate::watch` joins
     // it before it drops the descriptor.
     let uffd = unsafe { uffd.helper() };
@@ -52,9 +53,8 @@ fn spawn(
     call: Call,
     name: &str,
     body: impl FnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
-    let start = || Builder::new().name(name.into()).spawn(body);
-    through(call, start, io::Error::from)
+) -> io::Result<Thread> {
+    through(call, || Thread::spawn(name, body), io::Error::from)
 }
 
 /// Starts a thread for a part of the calling thread's work, within `scope`.

@@ -650,6 +650,24 @@ impl UffdHelper {
     }
 }
 
+impl UffdHelper {
+    /// The last way out, where no ioctl works any more (a filter that was installed in mid life):
+    /// puts `other` in the descriptor's place. With that the userfaultfd is gone for everybody, which
+    /// lifts all of its protection and wakes everybody who waits; the number stays taken, so nothing
+    /// else can come to be called by it.
+    ///
+    /// # Errors
+    /// When the call is forbidden, too.
+    pub(crate) fn end(&self, other: &WakerHelper) -> Result<(), Errno> {
+        checked(Call::HelperDup, || {
+            // SAFETY: both numbers are of this table, and their owners outlive this helper. What owns
+            // the number closes `other`'s file once more in the end, which is what it refers to.
+            i64::from(unsafe { libc::dup3(other.fd, self.fd, libc::O_CLOEXEC) })
+        })
+        .map(drop)
+    }
+}
+
 /// Wakes a thread that waits in [`UffdHelper::wait`].
 #[derive(Debug)]
 pub(crate) struct Waker {

@@ -60,6 +60,11 @@ pub(super) const CONTEXTS: &[&[Plan]] = &[
     ],
     &[fail("Mremap", "RestoreWindow", libc::EINVAL, 0, EVER)],
     &[fail("Userfaultfd", "Probe", libc::EPERM, 0, 1)],
+    // So that the helper has to end all watches.
+    &[
+        fail("UffdHelperWriteprotect", "Helper", libc::EPERM, 0, EVER),
+        fail("UffdWake", "Helper", libc::EPERM, 0, EVER),
+    ],
 ];
 
 /// What a site is struck with, given how often it is passed in a life.

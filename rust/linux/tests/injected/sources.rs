@@ -12,7 +12,7 @@ use std::fs;
 /// * Each name of a call stands at one place, so that a name is a site.
 pub(super) fn no_call_goes_past_the_injection_point() {
     const CANNOT_FAIL: [&str; 4] = ["sysconf", "__errno_location", "sigfillset", "sched_yield"];
-    const STANDARD: [&str; 8] = [
+    const STANDARD: [&str; 9] = [
         "fs::read",
         "fs::metadata",
         "fs::symlink",
@@ -21,6 +21,7 @@ pub(super) fn no_call_goes_past_the_injection_point() {
         "File::create",
         "Builder::new",
         "std::thread::spawn",
+        "Thread::spawn",
     ];
     let mut sites: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut calls = 0;
@@ -32,7 +33,8 @@ pub(super) fn no_call_goes_past_the_injection_point() {
             .expect("in src")
             .1
             .to_owned();
-        if name == "sys/inject.rs" {
+        // The second is used by `sys/thread.rs` alone, as threads of the standard library would be.
+        if name == "sys/inject.rs" || name == "sys/bare.rs" {
             continue;
         }
         let end = text.find("\nmod tests {").unwrap_or(text.len());

@@ -63,6 +63,8 @@ pub(crate) const ANSWERS: &[Answers] = answers! {
     "Eventfd" "eventfd(2)": EINVAL EMFILE ENFILE ENODEV ENOMEM;
     "EventfdWrite" "eventfd(2), write(2)": EAGAIN EINTR;
     "EventfdRead" "eventfd(2), read(2)": EAGAIN EINTR EINVAL;
+    // The last way out: where it is refused for good there is none, so that is not tried.
+    "HelperDup" "dup(2)": ;
     "OpenPagemap" "open(2)": EACCES EINTR EMFILE ENFILE ENOENT ENOMEM EPERM;
     "PagemapScan" "PAGEMAP_SCAN(2const)": E2BIG EFAULT EINTR EINVAL ENOMEM ENOTTY EPERM;
     "PagemapRead" "read(2)": EAGAIN EFAULT EINTR EINVAL EIO ENOMEM ESRCH;
