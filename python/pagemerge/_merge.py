@@ -93,17 +93,24 @@ class _Shared:
 
     def add(self, buffer: _Buffer, start: int, end: int) -> _Span:
         owner, hooked = _owner(buffer)
-        region = self.engine.register(buffer)
-        if not hooked:
-            span = _Span(start, end, region, None)
+        made: list[Region] = []
+        span = None
+        try:
+            # A signal handler runs, and may raise, as soon as a call has returned: by then `extend`
+            # has what was made.
+            made.extend(map(self.engine.register, [buffer]))
+            span = _Span(start, end, made[0], weakref.ref(owner) if hooked else None)
             self.spans.add(span)
-            return span
-        span = _Span(start, end, region, weakref.ref(owner))
-        self.spans.add(span)
-        span.hook = weakref.finalize(owner, _ended, self, span, os.getpid())
-        # At the end of the interpreter arrays outlive this module, and their memory the process.
-        span.hook.atexit = False
-        self.engine._let_go(region)
+            if hooked:
+                span.hook = weakref.finalize(owner, _ended, self, span, os.getpid())
+                # At the end of the interpreter arrays outlive this module, and their memory the
+                # process.
+                span.hook.atexit = False
+                self.engine._let_go(span.region)
+        except BaseException:
+            for region in made:
+                self.drop(span or _Span(start, end, region, None))
+            raise
         return span
 
     def drop(self, span: _Span) -> None:
@@ -112,7 +119,9 @@ class _Shared:
         owner = span.owner() if span.owner is not None else None
         if span.owner is not None and owner is None:
             return  # It has ended already, and its callback does the rest.
-        self.engine.unregister(span.region)
+        # A signal handler may have raised here before, when the first half was done.
+        if span.region.registered:
+            self.engine.unregister(span.region)
         self.spans.discard(span)
         if span.hook is not None:
             span.hook.detach()
@@ -179,9 +188,12 @@ def _ended(shared: _Shared, span: _Span, process: int) -> None:
     if process != os.getpid():
         return
     try:
-        shared.engine._forget(span.region)
+        # It is not when an exception has undone a registration that this hook was made for.
+        if span.region.registered:
+            shared.engine._forget(span.region)
     except BaseException:
-        shared.usable = False
+        # A signal handler's comes when the work is done.
+        shared.usable = not span.region.registered
         raise
     finally:
         shared.spans.discard(span)

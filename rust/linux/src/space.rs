@@ -149,6 +149,9 @@ pub(crate) struct LinuxSpace {
     has_scan: bool,
     tells_guards: bool,
     watches: Option<Watches>,
+    /// For [`Self::watches`], while there are none: opened when the engine is made, because a program
+    /// may give up its right to do so (servers do) before the first page is written.
+    spare: Option<Userfaultfd>,
     windows: Windows,
     frames: FrameStore,
     hasher: PageHasher,
@@ -227,6 +230,12 @@ impl LinuxSpace {
             has_scan: can.pagemap_scan,
             tells_guards: can.guard_pages,
             watches: None,
+            // Where it cannot be had it is asked for again when it is needed, and then said.
+            spare: if chosen == Barrier::None {
+                None
+            } else {
+                watching_uffd(chosen).ok()
+            },
             windows,
             hasher: PageHasher::new(seed),
             regions: BTreeMap::new(),
@@ -630,14 +639,27 @@ impl LinuxSpace {
 
     /// The watches, and their thread, are made when the first page needs one.
     fn watches(&mut self) -> Result<&mut Watches, Reason> {
+        if self.watches.as_ref().is_some_and(Watches::is_over) {
+            self.watches = None;
+        }
         if self.watches.is_none() {
-            let features = Features::WP | Features::WP_UNPOPULATED | Features::WP_HUGETLBFS_SHMEM;
-            let uffd = barrier::open_uffd(self.barrier, features).map_err(|_| Reason::Broken)?;
+            let uffd = match self.spare.take() {
+                Some(spare) => spare,
+                None => watching_uffd(self.barrier).map_err(|_| Reason::Broken)?,
+            };
             let made = Watches::new(uffd, Rc::clone(&self.pagemap), self.page);
             self.watches = Some(made.map_err(|_| Reason::NoMemory)?);
         }
         Ok(self.watches.as_mut().expect("just made"))
     }
+}
+
+/// What write-protects the pages that are watched, and tells of their writers.
+fn watching_uffd(barrier: Barrier) -> Result<Userfaultfd, Error> {
+    barrier::open_uffd(
+        barrier,
+        Features::WP | Features::WP_UNPOPULATED | Features::WP_HUGETLBFS_SHMEM,
+    )
 }
 
 /// Calls `act` for each run of pages in `from..to` over which a frame was mapped, or was not.

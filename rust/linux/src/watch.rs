@@ -27,9 +27,9 @@
 
 use crate::fork::Gate;
 use crate::sys::Span;
+use crate::sys::bare::Thread;
 use crate::sys::live::Live;
 use crate::sys::pagemap::Pagemap;
-use crate::sys::bare::Thread;
 use crate::sys::phase::{Phase, enter};
 use crate::sys::thread::spawn_helper;
 use crate::sys::uffd::{

@@ -9,7 +9,7 @@
 mod support;
 
 use pagemerge_linux::core::Reason;
-use pagemerge_linux::{Engine, EngineSettings};
+use pagemerge_linux::{Barrier, Engine, EngineSettings, Error};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -139,6 +139,229 @@ fn works_beside_khugepaged_untracked() {
 /// Up to `micros`.
 fn pause(random: &mut Random, micros: usize) {
     std::thread::sleep(Duration::from_micros(random.below(micros) as u64));
+}
+
+/// Goal: the kernel compacts memory, which moves pages about, again and again.
+fn memory_is_compacted() {
+    let before = os::vmstat("pgmigrate_success");
+    disturbed(&Plan::default(), 1000, |_| {
+        std::fs::write("/proc/sys/vm/compact_memory", "1").expect("compaction on request");
+        true
+    });
+    let moved = os::vmstat("pgmigrate_success") - before;
+    println!("figure: {moved} pages moved by compaction (on the whole machine)");
+}
+
+/// Goal: the kernel's own same-page merging works on the same memory at the same time, at its greatest
+/// speed.
+fn ksmd_merges_the_same_memory() {
+    let lock = MachineLock::of_ksm();
+    let set = |name, value| MachineSetting::set(&lock, name, value);
+    let _settings = [
+        set("/sys/kernel/mm/ksm/pages_to_scan", "20000"),
+        set("/sys/kernel/mm/ksm/sleep_millisecs", "1"),
+        set("/sys/kernel/mm/ksm/run", "1"),
+    ];
+    scenario("works_beside_ksmd").end(limit()).expect_success();
+    scenario("works_beside_ksmd_untracked").end(limit()).expect_success();
+}
+
+fn beside_ksmd(write_tracking: bool) {
+    let plan = Plan {
+        write_tracking,
+        ..Plan::default()
+    };
+    let memory = Arc::new(Memory::new(plan.pages));
+    memory.advise(libc::MADV_MERGEABLE).expect("KSM is in this kernel");
+    let mut busy = Busy::over(&plan, memory);
+    let mut random = Random::new(os::seed());
+    let begun = Instant::now();
+    let mut theirs = 0;
+    while begun.elapsed() < time() || theirs == 0 || busy.merges() < 1000 {
+        busy.assert_alive();
+        // The engine is fast: it must leave something to ksmd.
+        busy.without_the_engine(|memory| {
+            memory.advise(libc::MADV_MERGEABLE).expect("KSM is in this kernel");
+            pause(&mut random, 60_000);
+        });
+        theirs = theirs.max(os::merged_by_ksmd());
+        pause(&mut random, 30_000);
+        theirs = theirs.max(os::merged_by_ksmd());
+    }
+    println!("figure: {theirs} pages merged by ksmd at a time");
+    busy.finish().tell();
+}
+
+fn works_beside_ksmd() {
+    beside_ksmd(true);
+}
+
+fn works_beside_ksmd_untracked() {
+    beside_ksmd(false);
+}
+
+/// Goal: memory goes to swap and comes back while it is merged, and the swap is taken away in
+/// between.
+fn memory_is_swapped_and_swap_is_taken_away() {
+    let _lock = MachineLock::take();
+    let swap = os::Swap::new(256 << 20).expect("swap on zram");
+    let device = swap.device();
+    let variables = [("PAGEMERGE_SWAP", device.as_str())];
+    scenario_with("works_while_swapped", &variables).end(limit()).expect_success();
+}
+
+fn works_while_swapped() {
+    const MADV_PAGEOUT: i32 = 21;
+    let device = std::env::var("PAGEMERGE_SWAP").expect("a device");
+    let before = os::vmstat("pswpout");
+    let mut random = Random::new(os::seed());
+    let mut turns = 0;
+    disturbed(&Plan::default(), 1000, |busy| {
+        let first = random.below(busy.memory.pages() - 256);
+        // It is refused for pages that are in a window just now.
+        let _ = busy.memory.advise_pages(first, 256, MADV_PAGEOUT);
+        pause(&mut random, 4000);
+        turns += 1;
+        if turns % 50 == 0 {
+            os::swap_off(&device).expect("all of it fits into memory");
+            pause(&mut random, 20_000);
+            os::swap_on(&device).expect("swap again");
+        }
+        turns > 100
+    });
+    let out = os::vmstat("pswpout") - before;
+    println!("figure: {out} pages swapped out, swap taken away {} times", turns / 50);
+    assert!(out > 1000, "this proved nothing: {out} pages were swapped out");
+}
+
+// ------------------------------------------------------------------- other barriers
+
+/// Goal: with the barrier `user`, which holds only the program's own code, its writers lose nothing.
+fn user_barrier_holds_the_programs_own_writers() {
+    let plan = Plan {
+        barrier: Some(Barrier::User),
+        system_calls: false,
+        ..Plan::default()
+    };
+    disturbed(&plan, 2000, |_| {
+        std::thread::sleep(Duration::from_millis(10));
+        true
+    });
+}
+
+/// Goal: without any barrier nothing is lost as long as nobody writes during the calls.
+fn no_barrier_needs_calm_during_calls_only() {
+    let plan = Plan {
+        barrier: Some(Barrier::None),
+        ..Plan::default()
+    };
+    let busy = Busy::start(&plan);
+    let begun = Instant::now();
+    while begun.elapsed() < time() || busy.merges() < 2000 {
+        busy.while_nobody_writes(|| support::engines::scan(&busy.engine));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Un-merging is such a call, too.
+    busy.finish().tell();
+}
+
+// ------------------------------------------------------------------- odd memory, and odd wishes
+
+/// Memory that is no ordinary anonymous memory is refused by its name, and not touched.
+fn odd_memory_is_refused_by_name() {
+    let engine = Engine::new(support::engines::settings()).expect("an engine");
+    let odd = [
+        (libc::MAP_HUGETLB | libc::MAP_NORESERVE, Reason::Hugetlb),
+        (libc::MAP_GROWSDOWN, Reason::ThreadStack),
+    ];
+    for (flags, right) in odd {
+        let len = 4 << 20;
+        let flags = (os::PRIVATE | flags) as usize;
+        let addr = os::call(libc::SYS_mmap, &[0, len, os::RW as usize, flags, os::NONE, 0]);
+        let addr = addr.expect("address space");
+        match support::engines::try_register(&engine, addr, len, "") {
+            Err(Error::NotMergeable { reason, .. }) => assert_eq!(reason, right),
+            other => panic!("{right}: {other:?}"),
+        }
+        os::call(libc::SYS_munmap, &[addr, len]).expect("unmapped");
+    }
+}
+
+/// Goal: whatever its owner tells the kernel about registered memory, or about all of the process's,
+/// no byte is lost, and merging goes on when it is taken back.
+fn owner_advises_all_kinds_of_things() {
+    const ADVICE: [(i32, i32); 9] = [
+        (libc::MADV_WIPEONFORK, libc::MADV_KEEPONFORK),
+        (libc::MADV_DONTFORK, libc::MADV_DOFORK),
+        (libc::MADV_DONTDUMP, libc::MADV_DODUMP),
+        (libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE),
+        (libc::MADV_MERGEABLE, libc::MADV_UNMERGEABLE),
+        (libc::MADV_POPULATE_READ, libc::MADV_POPULATE_WRITE),
+        (libc::MADV_COLD, libc::MADV_WILLNEED),
+        (libc::MADV_SEQUENTIAL, libc::MADV_NORMAL),
+        (libc::MADV_PAGEOUT, libc::MADV_RANDOM),
+    ];
+    let mut random = Random::new(os::seed());
+    disturbed(&Plan::default(), 2000, |busy| {
+        let (there, back) = ADVICE[random.below(ADVICE.len())];
+        let pages = 1 + random.below(64);
+        let first = random.below(busy.memory.pages() - pages);
+        // What cannot be had on merged memory is refused by the kernel; that is no loss.
+        let _ = busy.memory.advise_pages(first, pages, there);
+        pause(&mut random, 3000);
+        let _ = busy.memory.advise_pages(first, pages, back);
+        let thp = |off: usize| {
+            os::call(libc::SYS_prctl, &[libc::PR_SET_THP_DISABLE as usize, off, 0, 0, 0])
+        };
+        if random.below(10) == 0 {
+            thp(1).expect("no huge pages");
+            pause(&mut random, 3000);
+            thp(0).expect("huge pages again");
+        }
+        if random.below(20) == 0 {
+            let future = (libc::MCL_FUTURE | libc::MCL_ONFAULT) as usize;
+            os::call(libc::SYS_mlockall, &[future]).expect("all that is to come is locked");
+            pause(&mut random, 5000);
+            os::call(libc::SYS_munlockall, &[]).expect("unlocked");
+        }
+        true
+    });
+}
+
+/// Goal: the program has a userfaultfd of its own, with a thread that serves it, on the pages right
+/// before and after registered memory.
+fn programs_own_userfaultfd_next_door() {
+    let memory = Arc::new(Memory::new(2048));
+    // In the place of the pages around it, which nobody could touch.
+    let page = os::page_size();
+    let doors = [memory.addr() - page, memory.addr() + memory.len()];
+    let fd = Arc::new(os::foreign_userfaultfd());
+    for door in doors {
+        os::protect(door, page, os::RW).expect("our own page");
+        os::foreign_register(&fd, door, page, 1).expect("next to what is not registered yet");
+    }
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let server = {
+        let (fd, stop) = (Arc::clone(&fd), Arc::clone(&stop));
+        std::thread::spawn(move || os::foreign_serve(&fd, &stop, 77))
+    };
+    let mut busy = Busy::over(&Plan::default(), memory);
+    let (begun, mut served) = (Instant::now(), 0);
+    while begun.elapsed() < time() || busy.merges() < 1000 {
+        busy.assert_alive();
+        for door in doors {
+            assert_eq!(os::load(door), 77, "served by the program's own thread");
+            os::advise(door, page, libc::MADV_DONTNEED).expect("empty again");
+            served += 1;
+        }
+        if served % 500 == 0 {
+            busy.without_the_engine(|_| {});
+        }
+    }
+    println!("figure: {served} faults served by the program's own userfaultfd");
+    busy.finish().tell();
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    server.join().expect("no panic");
 }
 
 // ------------------------------------------------------------------- rights and sights that go
@@ -398,6 +621,17 @@ fn main() -> ExitCode {
             .needs(Need::Root)
             .needs(Need::HugePages)
             .seconds(7200),
+        case!(memory_is_compacted).needs(Need::Root).seconds(7200),
+        case!(ksmd_merges_the_same_memory).needs(Need::Root).needs(Need::KernelKsm).seconds(7200),
+        case!(works_beside_ksmd).hidden(),
+        case!(works_beside_ksmd_untracked).hidden(),
+        case!(memory_is_swapped_and_swap_is_taken_away).needs(Need::Zram).seconds(7200),
+        case!(works_while_swapped).hidden(),
+        case!(user_barrier_holds_the_programs_own_writers).seconds(7200),
+        case!(no_barrier_needs_calm_during_calls_only).seconds(7200),
+        case!(odd_memory_is_refused_by_name),
+        case!(owner_advises_all_kinds_of_things).seconds(7200),
+        case!(programs_own_userfaultfd_next_door).seconds(7200),
         case!(rights_are_dropped_in_mid_life).needs(Need::Root),
         case!(proc_vanishes_in_mid_life).needs(Need::Root),
         case!(system_calls_are_forbidden_in_mid_life).seconds(7200),

@@ -9,17 +9,35 @@ use pagemerge_linux::Error;
 use pyo3::call::PyCallArgs;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
 // The kernel's numbers, the same on every architecture that Linux has.
 const EBUSY: i32 = 16;
 const EFBIG: i32 = 27;
 const EOPNOTSUPP: i32 = 95;
 
+/// The names in `pagemerge._errors`. Held, because nothing can be imported any more when modules are
+/// taken down, and objects that end then may still use an engine.
+static CLASSES: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
+
+fn classes(py: Python<'_>) -> PyResult<&Bound<'_, PyDict>> {
+    let found = CLASSES.get_or_try_init(py, || {
+        let errors = py.import("pagemerge._errors")?;
+        PyResult::Ok(errors.dict().copy()?.unbind())
+    });
+    Ok(found?.bind(py))
+}
+
+/// Finds the classes while that can be done: when the module is made.
+pub(crate) fn remember(py: Python<'_>) -> PyResult<()> {
+    classes(py).map(drop)
+}
+
 /// An instance of the class `name` of `pagemerge._errors`, or why there can be none.
 fn ours<'py>(py: Python<'py>, name: &str, arguments: impl PyCallArgs<'py>) -> PyErr {
-    let made = py
-        .import("pagemerge._errors")
-        .and_then(|errors| errors.getattr(name))
+    let made = classes(py)
+        .and_then(|classes| classes.as_any().get_item(name))
         .and_then(|class| class.call1(arguments));
     match made {
         Ok(instance) => PyErr::from_value(instance),

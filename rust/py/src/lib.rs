@@ -46,6 +46,7 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("PAGE_SIZE", pagemerge_linux::page_size())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        crate::error::remember(module.py())?;
         // From then on nothing is un-merged: the process is about to give all of it back.
         let exiting = module.getattr("_exiting")?;
         module

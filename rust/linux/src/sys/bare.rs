@@ -63,7 +63,12 @@ impl Thread {
         // SAFETY: all that is pointed to is live. `start` is the new thread's from here on, if there
         // is one.
         let got = unsafe {
-            libc::pthread_create(&raw mut id, attributes.as_ptr(), run, start.cast::<c_void>())
+            libc::pthread_create(
+                &raw mut id,
+                attributes.as_ptr(),
+                run,
+                start.cast::<c_void>(),
+            )
         };
         // SAFETY: initialised above, used no more.
         let _ = unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };

@@ -49,11 +49,7 @@ pub(crate) fn spawn_helper(
     })
 }
 
-fn spawn(
-    call: Call,
-    name: &str,
-    body: impl FnOnce() + Send + 'static,
-) -> io::Result<Thread> {
+fn spawn(call: Call, name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
     through(call, || Thread::spawn(name, body), io::Error::from)
 }
 

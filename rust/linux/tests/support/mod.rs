@@ -72,6 +72,8 @@ pub(crate) enum Need {
     ThreadGroup,
     /// Settings of the whole machine that other programs feel: on a machine that nobody else uses.
     WholeMachine,
+    /// The kernel's own same-page merging.
+    KernelKsm,
 }
 
 impl Need {
@@ -87,6 +89,7 @@ impl Need {
                 | Self::DirectIo
                 | Self::MemoryGroup2
                 | Self::ThreadGroup
+                | Self::KernelKsm
         )
     }
 
@@ -139,6 +142,7 @@ impl Need {
                     })
                     .or_else(|| Self::Root.missing())
             }
+            Self::KernelKsm => there("/sys/kernel/mm/ksm/run"),
             Self::ShmemHuge => there("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
                 .or_else(|| Self::Root.missing()),
         }

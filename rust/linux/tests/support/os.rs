@@ -21,7 +21,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Any system call, by number.
@@ -726,6 +726,37 @@ pub(crate) fn foreign_register(fd: &OwnedFd, addr: usize, len: usize, mode: u64)
     call(libc::SYS_ioctl, &at).map(drop)
 }
 
+/// Serves missing pages: each is `word` all over. Ends when `stop` is set.
+pub(crate) fn foreign_serve(fd: &OwnedFd, stop: &AtomicBool, word: u64) {
+    const UFFDIO_COPY: usize = 0xc028_aa03;
+    const ADDRESS: usize = 2;
+    let content = vec![word; page_size() / 8];
+    while !stop.load(Ordering::SeqCst) {
+        let mut event = [0_u64; 4];
+        let into = event.as_mut_ptr().addr();
+        if read_to(fd.as_raw_fd(), into, size_of_val(&event)).is_err() {
+            std::thread::sleep(Duration::from_micros(50));
+            continue;
+        }
+        let to = event[ADDRESS] & !(page_size() as u64 - 1);
+        let from = content.as_ptr().addr() as u64;
+        let mut copy = [to, from, page_size() as u64, 0, 0];
+        let at = [fd.as_raw_fd() as usize, UFFDIO_COPY, copy.as_mut_ptr().addr()];
+        while call(libc::SYS_ioctl, &at).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {}
+    }
+}
+
+/// A word anywhere in memory of the test's own.
+pub(crate) fn load(addr: usize) -> u64 {
+    let word: *const u64 = std::ptr::with_exposed_provenance(addr);
+    // SAFETY: the tests pass addresses of their own mappings only; see the head of this file.
+    unsafe { word.read_volatile() }
+}
+
+pub(crate) fn protect(addr: usize, len: usize, protection: i32) -> io::Result<()> {
+    call(libc::SYS_mprotect, &[addr, len, protection as usize]).map(drop)
+}
+
 // ------------------------------------------------------------------------- odd memory
 
 const SYS_MSEAL: i64 = 462;
@@ -889,20 +920,18 @@ impl Swap {
         file.write_all(&header)?;
         file.sync_all()?;
         drop(file);
-        let path = CString::new(device).expect("no zero in it");
-        call(libc::SYS_swapon, &[path.as_ptr().addr(), 0])?;
+        swap_on(&device)?;
         Ok(swap)
     }
 
-    fn device(&self) -> String {
+    pub(crate) fn device(&self) -> String {
         format!("/dev/zram{}", self.number)
     }
 }
 
 impl Drop for Swap {
     fn drop(&mut self) {
-        let path = CString::new(self.device()).expect("no zero in it");
-        let off = call(libc::SYS_swapoff, &[path.as_ptr().addr()]);
+        let off = swap_off(&self.device());
         let reset = fs::write(format!("/sys/block/zram{}/reset", self.number), "1");
         let removed = fs::write(
             "/sys/class/zram-control/hot_remove",
@@ -989,6 +1018,21 @@ pub(crate) fn pretend(path: &str, text: &str) {
     ];
     call(libc::SYS_mount, &at).expect("a file over another");
     fs::remove_file(&file).expect("our own file");
+pub(crate) fn swap_on(device: &str) -> io::Result<()> {
+    let path = CString::new(device).expect("no zero in it");
+    call(libc::SYS_swapon, &[path.as_ptr().addr(), 0]).map(drop)
+}
+
+/// Brings everything in again first.
+pub(crate) fn swap_off(device: &str) -> io::Result<()> {
+    let path = CString::new(device).expect("no zero in it");
+    call(libc::SYS_swapoff, &[path.as_ptr().addr()]).map(drop)
+}
+
+/// Pages of this process that the kernel's own merging shares.
+pub(crate) fn merged_by_ksmd() -> u64 {
+    let text = fs::read_to_string("/proc/self/ksm_merging_pages").unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
 }
 
 /// Held by tests that change a setting of the whole machine.
@@ -997,7 +1041,16 @@ pub(crate) struct MachineLock(File);
 
 impl MachineLock {
     pub(crate) fn take() -> Self {
-        let path = std::env::temp_dir().join("pagemerge-tests-machine.lock");
+        Self::named("pagemerge-tests-machine.lock")
+    }
+
+    /// The one under which the Python tests change the kernel's own same-page merging.
+    pub(crate) fn of_ksm() -> Self {
+        Self::named("ksm.lock")
+    }
+
+    fn named(name: &str) -> Self {
+        let path = std::env::temp_dir().join(name);
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
