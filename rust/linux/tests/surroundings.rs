@@ -163,7 +163,9 @@ fn ksmd_merges_the_same_memory() {
         set("/sys/kernel/mm/ksm/run", "1"),
     ];
     scenario("works_beside_ksmd").end(limit()).expect_success();
-    scenario("works_beside_ksmd_untracked").end(limit()).expect_success();
+    scenario("works_beside_ksmd_untracked")
+        .end(limit())
+        .expect_success();
 }
 
 fn beside_ksmd(write_tracking: bool) {
@@ -172,7 +174,9 @@ fn beside_ksmd(write_tracking: bool) {
         ..Plan::default()
     };
     let memory = Arc::new(Memory::new(plan.pages));
-    memory.advise(libc::MADV_MERGEABLE).expect("KSM is in this kernel");
+    memory
+        .advise(libc::MADV_MERGEABLE)
+        .expect("KSM is in this kernel");
     let mut busy = Busy::over(&plan, memory);
     let mut random = Random::new(os::seed());
     let begun = Instant::now();
@@ -181,7 +185,9 @@ fn beside_ksmd(write_tracking: bool) {
         busy.assert_alive();
         // The engine is fast: it must leave something to ksmd.
         busy.without_the_engine(|memory| {
-            memory.advise(libc::MADV_MERGEABLE).expect("KSM is in this kernel");
+            memory
+                .advise(libc::MADV_MERGEABLE)
+                .expect("KSM is in this kernel");
             pause(&mut random, 60_000);
         });
         theirs = theirs.max(os::merged_by_ksmd());
@@ -207,7 +213,9 @@ fn memory_is_swapped_and_swap_is_taken_away() {
     let swap = os::Swap::new(256 << 20).expect("swap on zram");
     let device = swap.device();
     let variables = [("PAGEMERGE_SWAP", device.as_str())];
-    scenario_with("works_while_swapped", &variables).end(limit()).expect_success();
+    scenario_with("works_while_swapped", &variables)
+        .end(limit())
+        .expect_success();
 }
 
 fn works_while_swapped() {
@@ -230,8 +238,14 @@ fn works_while_swapped() {
         turns > 100
     });
     let out = os::vmstat("pswpout") - before;
-    println!("figure: {out} pages swapped out, swap taken away {} times", turns / 50);
-    assert!(out > 1000, "this proved nothing: {out} pages were swapped out");
+    println!(
+        "figure: {out} pages swapped out, swap taken away {} times",
+        turns / 50
+    );
+    assert!(
+        out > 1000,
+        "this proved nothing: {out} pages were swapped out"
+    );
 }
 
 // ------------------------------------------------------------------- other barriers
@@ -277,7 +291,10 @@ fn odd_memory_is_refused_by_name() {
     for (flags, right) in odd {
         let len = 4 << 20;
         let flags = (os::PRIVATE | flags) as usize;
-        let addr = os::call(libc::SYS_mmap, &[0, len, os::RW as usize, flags, os::NONE, 0]);
+        let addr = os::call(
+            libc::SYS_mmap,
+            &[0, len, os::RW as usize, flags, os::NONE, 0],
+        );
         let addr = addr.expect("address space");
         match support::engines::try_register(&engine, addr, len, "") {
             Err(Error::NotMergeable { reason, .. }) => assert_eq!(reason, right),
@@ -311,7 +328,10 @@ fn owner_advises_all_kinds_of_things() {
         pause(&mut random, 3000);
         let _ = busy.memory.advise_pages(first, pages, back);
         let thp = |off: usize| {
-            os::call(libc::SYS_prctl, &[libc::PR_SET_THP_DISABLE as usize, off, 0, 0, 0])
+            os::call(
+                libc::SYS_prctl,
+                &[libc::PR_SET_THP_DISABLE as usize, off, 0, 0, 0],
+            )
         };
         if random.below(10) == 0 {
             thp(1).expect("no huge pages");
@@ -622,10 +642,15 @@ fn main() -> ExitCode {
             .needs(Need::HugePages)
             .seconds(7200),
         case!(memory_is_compacted).needs(Need::Root).seconds(7200),
-        case!(ksmd_merges_the_same_memory).needs(Need::Root).needs(Need::KernelKsm).seconds(7200),
+        case!(ksmd_merges_the_same_memory)
+            .needs(Need::Root)
+            .needs(Need::KernelKsm)
+            .seconds(7200),
         case!(works_beside_ksmd).hidden(),
         case!(works_beside_ksmd_untracked).hidden(),
-        case!(memory_is_swapped_and_swap_is_taken_away).needs(Need::Zram).seconds(7200),
+        case!(memory_is_swapped_and_swap_is_taken_away)
+            .needs(Need::Zram)
+            .seconds(7200),
         case!(works_while_swapped).hidden(),
         case!(user_barrier_holds_the_programs_own_writers).seconds(7200),
         case!(no_barrier_needs_calm_during_calls_only).seconds(7200),

@@ -741,7 +741,11 @@ pub(crate) fn foreign_serve(fd: &OwnedFd, stop: &AtomicBool, word: u64) {
         let to = event[ADDRESS] & !(page_size() as u64 - 1);
         let from = content.as_ptr().addr() as u64;
         let mut copy = [to, from, page_size() as u64, 0, 0];
-        let at = [fd.as_raw_fd() as usize, UFFDIO_COPY, copy.as_mut_ptr().addr()];
+        let at = [
+            fd.as_raw_fd() as usize,
+            UFFDIO_COPY,
+            copy.as_mut_ptr().addr(),
+        ];
         while call(libc::SYS_ioctl, &at).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {}
     }
 }
@@ -1018,6 +1022,8 @@ pub(crate) fn pretend(path: &str, text: &str) {
     ];
     call(libc::SYS_mount, &at).expect("a file over another");
     fs::remove_file(&file).expect("our own file");
+}
+
 pub(crate) fn swap_on(device: &str) -> io::Result<()> {
     let path = CString::new(device).expect("no zero in it");
     call(libc::SYS_swapon, &[path.as_ptr().addr(), 0]).map(drop)
