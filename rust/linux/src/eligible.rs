@@ -24,7 +24,13 @@ pub(crate) struct Eligible {
     pub(crate) huge: Option<bool>,
     /// When the list of mappings was read, if that was for this.
     pub(crate) read: Option<Instant>,
+    /// Stretches that are left alone although the rest can be merged, and why.
+    pub(crate) left_alone: Vec<(Span, Reason)>,
 }
+
+/// What stays as it is within a buffer that is merged otherwise: memory that its owner wants to stay
+/// where it is, and memory that he keeps out of core dumps, which is likely to be secret.
+const KEPT: [Reason; 2] = [Reason::Mlocked, Reason::DontDump];
 
 /// Refuses, by name, memory that cannot be merged.
 pub(crate) fn check(span: Span, read: &Mappings) -> Result<Eligible, Error> {
@@ -37,7 +43,13 @@ pub(crate) fn check(span: Span, read: &Mappings) -> Result<Eligible, Error> {
             .collect(),
         huge: read.huge_page_advice(span.start),
         read: None,
+        left_alone: stretches
+            .iter()
+            .filter_map(|stretch| Some((stretch.span, stretch.refusal?)))
+            .filter(|(_, reason)| KEPT.contains(reason))
+            .collect(),
     };
+    let kept: usize = found.left_alone.iter().map(|(part, _)| part.pages()).sum();
     let own: usize = found.frames.iter().map(|part| part.pages()).sum();
     let refused = |reason: Reason| -> usize {
         let all: usize = stretches
@@ -50,6 +62,8 @@ pub(crate) fn check(span: Span, read: &Mappings) -> Result<Eligible, Error> {
             // A buffer may share a page with the end of a thread's stack. Such pages are left out
             // of every pass, and the rest of the buffer is none the worse.
             Reason::ThreadStack if all <= RECORD_PAGES && all < span.pages() => 0,
+            // Nothing would be left to merge if that were all of it.
+            _ if KEPT.contains(&reason) && kept < span.pages() => 0,
             _ => all,
         }
     };

@@ -71,6 +71,15 @@ pub struct EngineStats {
     pub last_error: Option<String>,
 }
 
+/// A registered region as the engine knows it.
+struct Member {
+    handle: RegionHandle,
+    id: RegionId,
+    /// The buffer as it was given, partial pages included.
+    buffer: Span,
+    domain: String,
+}
+
 /// What a slice of synchronous work tells its caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Slice {
@@ -103,10 +112,9 @@ pub(crate) struct EngineState {
     scanner: Scanner,
     space: LinuxSpace,
     settings: EngineSettings,
-    regions: HashMap<u64, (RegionHandle, RegionId)>,
+    regions: HashMap<u64, Member>,
     /// Unregistered regions whose records the scanner still has (`lagging_records`).
     lagging: HashMap<(usize, u32, String), RegionId>,
-    domains: HashMap<u64, String>,
     started: Instant,
     cpu_nanos: u64,
     /// When the next background batch (or the rest of this one) is due; `None` while not running
@@ -134,7 +142,6 @@ impl EngineState {
             settings,
             regions: HashMap::new(),
             lagging: HashMap::new(),
-            domains: HashMap::new(),
             started: Instant::now(),
             cpu_nanos: 0,
             due: None,
@@ -258,11 +265,17 @@ impl EngineState {
     fn region(&self, handle: RegionHandle) -> Result<RegionId, Error> {
         self.regions
             .get(&handle.id)
-            .map(|(_, id)| *id)
+            .map(|member| member.id)
             .ok_or(Error::NotRegistered)
     }
 
-    fn register(&mut self, handle: RegionHandle, live: Live, domain: &str) -> Result<(), Error> {
+    fn register(
+        &mut self,
+        handle: RegionHandle,
+        live: Live,
+        buffer: Span,
+        domain: &str,
+    ) -> Result<(), Error> {
         let _phase = enter(Phase::Register);
         // Its directories grow with its size, if slowly.
         let large = handle.pages as usize / 512;
@@ -290,8 +303,13 @@ impl EngineState {
             }
             got.region
         };
-        self.regions.insert(handle.id, (handle, id));
-        self.domains.insert(handle.id, domain.to_owned());
+        let member = Member {
+            handle,
+            id,
+            buffer,
+            domain: domain.to_owned(),
+        };
+        self.regions.insert(handle.id, member);
         if self.scanner.run() == RunMode::Merge && self.due.is_none() {
             self.due = Some(Instant::now());
         }
@@ -390,8 +408,8 @@ impl EngineState {
     }
 
     fn drop_handle(&mut self, handle: RegionHandle) -> String {
-        self.regions.remove(&handle.id);
-        self.domains.remove(&handle.id).unwrap_or_default()
+        let member = self.regions.remove(&handle.id);
+        member.map(|member| member.domain).unwrap_or_default()
     }
 
     fn forget(&mut self, handle: RegionHandle) -> Result<(), Error> {
@@ -404,6 +422,39 @@ impl EngineState {
         self.space.remove_region(id);
         self.drop_handle(handle);
         Ok(())
+    }
+
+    /// Returns how many pages of the region have any of these bytes.
+    fn exclude(&mut self, handle: RegionHandle, addr: usize, len: usize) -> Result<u32, Error> {
+        let member = self.regions.get(&handle.id).ok_or(Error::NotRegistered)?;
+        let (id, buffer) = (member.id, member.buffer);
+        let end = addr
+            .checked_add(len)
+            .filter(|&end| addr >= buffer.start && end <= buffer.end())
+            .ok_or(Error::NotInBuffer { bytes: len })?;
+        let page = crate::page_size();
+        let pages = handle.pages as usize;
+        // Outwards: no page may merge that has one of these bytes. The buffer's first and last bytes
+        // may lie in pages that are not wholly its own, and so not registered.
+        let from = addr.saturating_sub(handle.addr) / page;
+        let to = end.saturating_sub(handle.addr).div_ceil(page).min(pages);
+        if len == 0 || from >= to {
+            return Ok(0);
+        }
+        let first = self.space.page_of(id, from).ok_or(Error::NotRegistered)?;
+        let count = u32::try_from(to - from).expect("a region's pages fit 32 bits");
+        self.scanner
+            .set_aside(&mut self.space, first, count)
+            .map_err(|e| match e {
+                UnmergeError::Refused { pages, reason } => Error::Exclude {
+                    pages: pages.into(),
+                    reason,
+                },
+                UnmergeError::Space(e) => e,
+                other => Error::Worker(other.to_string()),
+            })?;
+        self.space.set_aside(id, (from, to));
+        Ok(count)
     }
 
     fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
@@ -498,7 +549,11 @@ impl EngineState {
     fn close(&mut self) -> Result<(), Error> {
         let _phase = enter(Phase::Close);
         self.due = None;
-        let all: Vec<(RegionHandle, RegionId)> = self.regions.values().copied().collect();
+        let all: Vec<(RegionHandle, RegionId)> = self
+            .regions
+            .values()
+            .map(|member| (member.handle, member.id))
+            .collect();
         let regions: Vec<RegionId> = all.iter().map(|(_, id)| *id).collect();
         self.has_room_to_unmerge(&regions)?;
         // One look at the mappings for all regions.
@@ -643,7 +698,9 @@ impl Engine {
                 .sum()
             {
                 0 => stage
-                    .on(id, |engine| engine.register(handle, live, &domain))
+                    .on(id, |engine| {
+                        engine.register(handle, live, Span::new(addr, len), &domain)
+                    })
                     .and_then(|done| done),
                 pages => Err(Error::Overlaps { pages }),
             }
@@ -669,6 +726,17 @@ impl Engine {
         self.on(move |engine| engine.forget(region))
     }
 
+    /// Sets bytes of a region aside: their pages never merge from now on, until the region is
+    /// unregistered. Pages that are merged already get their own copies back first. Returns how many
+    /// pages of the region have any of these bytes.
+    ///
+    /// # Errors
+    /// [`Error::NotInBuffer`], or [`Error::Exclude`] when pages could not be un-merged; then nothing is
+    /// set aside.
+    pub fn exclude(&self, region: RegionHandle, addr: usize, len: usize) -> Result<u32, Error> {
+        self.on(move |engine| engine.exclude(region, addr, len))
+    }
+
     /// The owner's `MADV_DONTNEED`: the whole pages inside the range read as zero afterwards.
     /// Waits for windows.
     ///
@@ -690,9 +758,17 @@ impl Engine {
         between: &mut dyn FnMut() -> bool,
     ) -> Result<EngineStats, Error> {
         let mut left = pages.unwrap_or(u32::MAX);
+        let mut first = true;
         while left > 0 {
             let budget = left;
-            let slice = self.on(move |engine| engine.slice(budget))?;
+            let begins = std::mem::take(&mut first);
+            let slice = self.on(move |engine| {
+                if begins {
+                    // What owners changed before this call is kept by it.
+                    engine.space.survey_anew();
+                }
+                engine.slice(budget)
+            })?;
             if slice.pass_done || slice.idle {
                 break;
             }

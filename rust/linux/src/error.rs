@@ -56,6 +56,26 @@ pub enum Error {
         /// Bytes in the range.
         bytes: usize,
     },
+    /// A range given to `exclude` does not lie in the buffer that was registered.
+    #[error(
+        "cannot exclude {bytes} bytes: not all of them lie in the buffer that was registered; give a \
+         part of that buffer itself"
+    )]
+    NotInBuffer {
+        /// Bytes in the range.
+        bytes: usize,
+    },
+    /// Pages could not be given their own copies, so none of the range is excluded.
+    #[error(
+        "cannot exclude these bytes: {pages} of their pages stay merged ({reason}), and none is \
+         excluded; free memory or lift the restriction, then try again"
+    )]
+    Exclude {
+        /// How many pages stay merged.
+        pages: u64,
+        /// Why the last of them was refused.
+        reason: Reason,
+    },
     /// The engine has been closed.
     #[error("this engine has been closed; make a new one")]
     Closed,

@@ -14,6 +14,12 @@
 //! on a digest in any case: the bytes are compared. A page that is written while it is read has a
 //! digest of some mixture, which merges nothing either.
 //!
+//! # Who knows the secret
+//! An engine's own ([`HashKey`]) lies in a page that fork children and core dumps do not get, and
+//! neither it nor a digest leaves this crate. It is copied to the stack for the time of one batch and
+//! wiped there; what the compiler keeps in between is not hunted. It protects against nothing but
+//! pages prepared to collide, which would make searches slow and never wrong.
+//!
 //! # Cost
 //! 70 to 80 ns a page in the cache. From memory, fetching the next page meanwhile (`next`) takes
 //! a good part off, most where the next page is somewhere else.
@@ -21,14 +27,72 @@
 // Only for reading live memory through `sys::memory`.
 #![allow(unsafe_code)]
 
+use crate::error::Error;
+use crate::sys::mapping::{Advice, Mapping, Protection};
 use crate::sys::memory::{self, Words};
+use crate::sys::process;
 use pagemerge_core::Digest;
 
 /// Bytes that the main loop takes at a time: seven lanes of two numbers.
 const STRIDE: usize = 112;
 
+/// An engine's secret: drawn from the kernel, one number for each of a hasher's.
+#[derive(Debug)]
+pub(crate) struct HashKey {
+    place: Mapping,
+    page_size: usize,
+}
+
+impl HashKey {
+    /// The numbers of a secret: a seed, and eight for the lanes.
+    const NUMBERS: usize = 9;
+
+    /// A new one, for pages of this machine.
+    ///
+    /// # Errors
+    /// No memory, or no randomness.
+    pub(crate) fn draw() -> Result<Self, Error> {
+        let page_size = crate::sys::page_size();
+        let place = Mapping::anonymous(page_size, Protection::ReadWrite)
+            .map_err(|e| Error::os("cannot map a page for the secret of digests", e.into()))?;
+        for (what, advice) in [
+            ("children", Advice::DontFork),
+            ("core dumps", Advice::DontDump),
+        ] {
+            place.advise(advice).map_err(|e| {
+                Error::os(
+                    format!("cannot keep the secret of digests from {what} (madvise)"),
+                    e.into(),
+                )
+            })?;
+        }
+        let numbers = drawn()
+            .map_err(|e| Error::os("cannot draw the secret of digests (getrandom)", e.into()))?;
+        for (at, number) in numbers.into_iter().enumerate() {
+            place.write_u64(8 * at, number);
+        }
+        Ok(Self { place, page_size })
+    }
+
+    /// A hasher with this secret, for a short time.
+    pub(crate) fn hasher(&self) -> PageHasher {
+        let secret = std::array::from_fn(|number| self.place.read_u64(8 * (number + 1)));
+        // Its hash of a page of zeroes is worth keeping, and found when it is first asked for.
+        let mut hasher = PageHasher {
+            seed: self.place.read_u64(0),
+            secret,
+            page_size: self.page_size,
+            zero: self.place.read_u64(8 * Self::NUMBERS),
+        };
+        if hasher.zero == 0 {
+            hasher.zero = hasher.hash_of_zeroes();
+            self.place.write_u64(8 * Self::NUMBERS, hasher.zero);
+        }
+        hasher
+    }
+}
+
 /// A random secret: seed, and eight numbers mixed into the lanes.
-#[derive(Clone)]
 pub(crate) struct PageHasher {
     seed: u64,
     secret: [u64; 8],
@@ -46,9 +110,18 @@ impl std::fmt::Debug for PageHasher {
     }
 }
 
+impl Drop for PageHasher {
+    fn drop(&mut self) {
+        (self.seed, self.secret) = (0, [0; 8]);
+        // Without a reader the stores would be left out.
+        std::hint::black_box(&*self);
+    }
+}
+
 impl PageHasher {
     /// A hasher of pages of this machine, whose secret grows from `seed`: the same seed gives the
     /// same digests.
+    #[cfg(any(test, feature = "inject"))]
     pub(crate) fn new(seed: u64) -> Self {
         Self::with_page_size(seed, crate::sys::page_size())
     }
@@ -71,8 +144,12 @@ impl PageHasher {
             page_size,
             zero: 0,
         };
-        hasher.zero = hasher.hash_slice(&vec![0; page_size / 8]);
+        hasher.zero = hasher.hash_of_zeroes();
         hasher
+    }
+
+    fn hash_of_zeroes(&self) -> u64 {
+        self.hash_slice(&vec![0; self.page_size / 8])
     }
 
     /// The digest of the live page at `page`, as it is now. `next` is the page that will be asked
@@ -98,6 +175,14 @@ impl PageHasher {
         Digest {
             hash: self.hash(words, next.unwrap_or(page)),
             zero: false,
+        }
+    }
+
+    /// The digest of a page of which only that is to be told: all others have one hash.
+    pub(crate) fn zero_or_not(zero: bool) -> Digest {
+        Digest {
+            hash: u64::from(!zero),
+            zero,
         }
     }
 
@@ -151,16 +236,20 @@ impl PageHasher {
     }
 }
 
-/// The seed of a new engine's digests: from the kernel, for nobody to guess.
-///
-/// # Errors
-/// None that is known, once the system has started.
-pub(crate) fn fresh_seed() -> Result<u64, crate::sys::Errno> {
+/// The numbers of a fresh secret.
+fn drawn() -> Result<[u64; HashKey::NUMBERS], crate::sys::Errno> {
     #[cfg(feature = "inject")]
     if let Some(known) = known::SEED.lock().ok().and_then(|seed| *seed) {
-        return Ok(known);
+        let hasher = PageHasher::new(known);
+        let mut numbers = [hasher.seed; HashKey::NUMBERS];
+        numbers[1..].copy_from_slice(&hasher.secret);
+        return Ok(numbers);
     }
-    crate::sys::process::random_u64()
+    let mut numbers = [0; HashKey::NUMBERS];
+    for number in &mut numbers {
+        *number = process::random_u64()?;
+    }
+    Ok(numbers)
 }
 
 /// For tests of what somebody could do who knew the secret.
@@ -237,6 +326,7 @@ fn grow(state: &mut u64) -> u64 {
 )]
 mod tests {
     use super::*;
+    use crate::mappings::Flags;
     use rapidhash::v3::{RapidSecrets, rapidhash_v3_seeded};
 
     /// The published secret, of which the last number serves as `aaaa...`.
@@ -411,6 +501,44 @@ mod tests {
                         pages.iter().map(|page| hasher.hash_slice(page)).collect();
                     assert_eq!(seen.len(), pages.len(), "{name}, seed {seed}");
                 }
+            }
+        }
+    }
+
+    /// Goal: nobody can learn from one engine how another one's digests come out.
+    #[test]
+    fn two_keys_digest_the_same_page_differently() {
+        let (one, other) = (HashKey::draw().unwrap(), HashKey::draw().unwrap());
+        for page in [
+            random_page(9, crate::sys::page_size()),
+            vec![0; crate::sys::page_size() / 8],
+        ] {
+            let hash = one.hasher().hash_slice(&page);
+            assert_ne!(hash, other.hasher().hash_slice(&page));
+            assert_eq!(hash, one.hasher().hash_slice(&page), "it stays the same");
+        }
+        assert_ne!(one.hasher().zero, other.hasher().zero);
+    }
+
+    /// Goal: neither children nor core dumps get the secret. Method: what the kernel says of its page.
+    #[test]
+    fn key_lies_where_children_and_core_dumps_do_not_get_it() {
+        let key = HashKey::draw().unwrap();
+        let found = crate::mappings::read(key.place.span()).unwrap();
+        let flags = found.first().expect("it is mapped").flags;
+        for kept in [Flags::DONT_FORK, Flags::DONT_DUMP] {
+            assert!(flags.any(kept), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn secret_is_not_shown() {
+        let key = HashKey::draw().unwrap();
+        let shown = format!("{key:?} {:?}", key.hasher());
+        for number in 0..=HashKey::NUMBERS {
+            let secret = key.place.read_u64(8 * number);
+            for text in [format!("{secret}"), format!("{secret:x}")] {
+                assert!(!shown.contains(&text), "{shown}");
             }
         }
     }

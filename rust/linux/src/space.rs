@@ -6,7 +6,7 @@
 //!
 //! # The rooms
 //! Regions, and the trait, are here; [`observe`] tells what pages are, [`merge`] and [`unshare`] carry
-//! requests out, [`budget`] counts mappings.
+//! requests out, [`aside`] knows what is left alone, [`budget`] counts mappings.
 //!
 //! # What is remembered of a page
 //! One bit: whether a frame was mapped over it (`mapped`), so that what lies there now is a private
@@ -28,10 +28,13 @@
 //! * L3. With write tracking, the bit that was set by our own moving back is reported as a write; the
 //!   algorithm knows that it asked for the attempt, and looks at the bytes.
 //! * L4. The owner's promise ([`Live`]) covers every page of a region until it is removed.
+//! * L5. Pages that the caller has set aside, or whose owner is known to have locked them or the like, are
+//!   neither hashed nor copied nor tracked ([`aside`]).
 //!
 //! # Cost
 //! One bit of metadata for each page; 2 ns to observe a page, 2 ns more to arm it.
 
+mod aside;
 mod budget;
 mod merge;
 mod observe;
@@ -42,7 +45,7 @@ use crate::bitmap::Bitmap;
 use crate::eligible::{self, Eligible, Readable};
 use crate::error::Error;
 use crate::frames::{FrameStore, Slot};
-use crate::hash::PageHasher;
+use crate::hash::{HashKey, PageHasher};
 use crate::mappings;
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings, Remerge};
@@ -57,6 +60,7 @@ use crate::sys::uffd::{Features, Modes, RegisterStop, Userfaultfd};
 use crate::sys::{self, Span};
 use crate::watch::Watches;
 use crate::window::{MAX_PAGES, Windows, mapped_over};
+use aside::Ranges;
 use budget::Budget;
 use pagemerge_core::{
     Attempt, Content, Digest, FrameId, Look, Nid, PageId, PageSpace, PageState, Reason, RegionId,
@@ -71,8 +75,8 @@ use std::time::{Duration, Instant};
 const THREADS_FROM_PAGES: usize = 256;
 /// Memory that must be free, besides what a batch needs, for it to begin without paying first.
 const HEADROOM_BYTES: u64 = 16 << 20;
-/// How old a look at the list of mappings may be: reading it costs 5 us a mapping.
-const SURVEY_FRESH: Duration = Duration::from_secs(1);
+/// For how long a series of batches of un-merging needs one look at the list of mappings.
+const UNSHARING_SERIES: Duration = Duration::from_millis(100);
 /// With so much left, asking again can wait for [`HEADROOM_FRESH`]: nobody uses it up meanwhile.
 const HEADROOM_PLENTY: u64 = 1 << 30;
 const HEADROOM_FRESH: Duration = Duration::from_millis(50);
@@ -111,9 +115,11 @@ struct Region {
     live: Live,
     /// A frame was mapped over the page, and nothing else since.
     mapped: Bitmap,
-    /// Pages that hold, or held, a thread's own data: (page of the region, why). They stay excluded:
+    /// Pages that hold, or held, a thread's own data: (page of the region, why). They stay so:
     /// thread stacks are used again, and a page that came back would have lost its written bit.
-    excluded: Vec<(usize, Reason)>,
+    records: Vec<(usize, Reason)>,
+    /// Set aside by the caller.
+    aside: Ranges,
     /// Registered for write tracking.
     tracked: bool,
     /// Not unregistered (unregistered regions may linger, see `lagging_records`).
@@ -154,7 +160,7 @@ pub(crate) struct LinuxSpace {
     spare: Option<Userfaultfd>,
     windows: Windows,
     frames: FrameStore,
-    hasher: PageHasher,
+    key: HashKey,
     regions: BTreeMap<u32, Region>,
     by_id: HashMap<RegionId, u32>,
     remerge: Remerge,
@@ -167,6 +173,8 @@ pub(crate) struct LinuxSpace {
     /// Why nothing may be merged in this pass, if so: as of its beginning.
     forbidden: Option<Reason>,
     lost_races: u64,
+    /// Only zero from not zero is told by digests.
+    zero_only: bool,
     /// Quiet pages have had the owner's changes looked at in this pass.
     surveyed_in_pass: bool,
     /// The list of mappings, and when the last thing happened that an older one does not do for.
@@ -208,8 +216,6 @@ impl LinuxSpace {
         } else {
             None
         };
-        let seed = crate::hash::fresh_seed()
-            .map_err(|e| Error::os("cannot draw a random seed for digests", e.into()))?;
         let windows = Windows::new(
             page,
             uffd.as_ref().filter(|_| moves),
@@ -237,7 +243,7 @@ impl LinuxSpace {
                 watching_uffd(chosen).ok()
             },
             windows,
-            hasher: PageHasher::new(seed),
+            key: HashKey::draw()?,
             regions: BTreeMap::new(),
             by_id: HashMap::new(),
             remerge: settings.remerge,
@@ -248,6 +254,7 @@ impl LinuxSpace {
             pinned: None,
             forbidden: None,
             lost_races: 0,
+            zero_only: settings.scan.zero_only,
             surveyed_in_pass: false,
             survey: Survey::default(),
             survey_since: Instant::now(),
@@ -293,6 +300,7 @@ impl LinuxSpace {
     }
 
     pub(crate) fn change_settings(&mut self, new: &EngineSettings) {
+        self.zero_only = new.scan.zero_only;
         self.remerge = new.remerge;
         self.quiet = Duration::from_millis(new.quiet_millisecs.into());
         self.max_pause_micros = new.max_pause_micros;
@@ -321,13 +329,14 @@ impl LinuxSpace {
             self.forbidden = Some(Reason::ProcUnreadable);
             Vec::new()
         });
+        self.look_at_what_was_left_alone();
         for region in self.regions.values_mut() {
             let span = region.live.span();
             for record in records.iter().filter_map(|at| at.intersection(span)) {
                 let first = (record.start - span.start) / self.page;
                 for page in first..first + record.pages() {
-                    if !region.excluded.iter().any(|(known, _)| *known == page) {
-                        region.excluded.push((page, Reason::ThreadStack));
+                    if !region.records.iter().any(|(known, _)| *known == page) {
+                        region.records.push((page, Reason::ThreadStack));
                     }
                 }
             }
@@ -375,11 +384,12 @@ impl LinuxSpace {
             first: got.first,
             live,
             mapped: Bitmap::new(live.span().pages()),
-            excluded: Vec::new(),
+            records: Vec::new(),
+            aside: Ranges::default(),
             tracked: false,
             attached: true,
             huge: found.huge,
-            altered: Vec::new(),
+            altered: found.left_alone.clone(),
             surveyed: found.read,
             // By an old list its pages are looked up once more.
             since: found.read.unwrap_or_else(Instant::now),
@@ -424,6 +434,7 @@ impl LinuxSpace {
         self.untrack(id);
         if let Some(region) = self.region_mut(id) {
             region.attached = false;
+            region.aside = Ranges::default();
         }
         self.settle();
     }
@@ -613,11 +624,17 @@ impl LinuxSpace {
         let bitmaps: usize = self
             .regions
             .values()
-            .map(|region| region.mapped.bytes())
+            .map(|region| region.mapped.bytes() + region.aside.bytes())
             .sum();
         self.frames.metadata_bytes()
             + bitmaps as u64
             + self.watches.as_ref().map_or(0, Watches::metadata_bytes)
+    }
+
+    /// The `at`th page of a region.
+    pub(crate) fn page_of(&self, id: RegionId, at: usize) -> Option<PageId> {
+        let first = *self.by_id.get(&id)?;
+        Some(PageId(first).plus(u32::try_from(at).ok()?))
     }
 
     fn region_of(&self, page: PageId) -> Option<(&Region, usize)> {
@@ -752,6 +769,7 @@ impl PageSpace for LinuxSpace {
     fn observe(&mut self, window: Window, look: Look, into: &mut [PageState]) -> Result<(), Error> {
         let _phase = enter(Phase::Observe);
         into.fill(PageState::Absent);
+        let page = self.page;
         let Some(region) = self.region_mut(window.region) else {
             return Ok(());
         };
@@ -761,21 +779,19 @@ impl PageSpace for LinuxSpace {
         let from = (window.first.0 - region.first.0) as usize;
         let to = from + window.pages as usize;
         let (live, tracked) = (region.live, region.tracked);
-        let excluded = region.excluded.clone();
+        let left_alone = region.left_alone((from, to), page);
         let mapped: Vec<bool> = (from..to).map(|at| region.mapped.get(at)).collect();
         let live = live.part(from * self.page, (to - from) * self.page);
         let arm = tracked && look == Look::Scan;
         let broken = self.look(live, arm, &|at| mapped[at], into)?;
-        if arm {
-            self.take_written(live.span(), into)?;
+        for (at, pages) in aside::tell(&left_alone, into) {
+            if arm {
+                let part = live.part(at * self.page, pages * self.page);
+                self.take_written(part.span(), &mut into[at..at + pages])?;
+            }
         }
         if look == Look::Scan {
             self.refuse_unwritable(live, into);
-        }
-        for (page, reason) in excluded {
-            if (from..to).contains(&page) && matches!(into[page - from], PageState::Resident(_)) {
-                into[page - from] = PageState::Ineligible(reason);
-            }
         }
         if look == Look::Scan {
             for (at, pages, protected) in broken {
@@ -839,6 +855,10 @@ impl PageSpace for LinuxSpace {
         let maps = Rc::clone(&self.maps);
         let mut known = Readable::new(&maps);
         for (at, &page) in pages.iter().enumerate() {
+            if self.is_aside(page) {
+                into[at] = Attempt::Refused(Reason::Excluded);
+                continue;
+            }
             match self.live(page) {
                 Some(live) => match known.refusal(live.span()) {
                     None => readable.push((at, live)),
@@ -847,7 +867,13 @@ impl PageSpace for LinuxSpace {
                 None => into[at] = Attempt::Gone,
             }
         }
-        let hasher = &self.hasher;
+        if self.zero_only {
+            for (at, live) in readable {
+                into[at] = Attempt::Done(PageHasher::zero_or_not(live.is_zero()));
+            }
+            return Ok(());
+        }
+        let hasher = &self.key.hasher();
         let threads = self
             .threads
             .min(readable.len() / (THREADS_FROM_PAGES / 2))
@@ -894,10 +920,11 @@ impl PageSpace for LinuxSpace {
         frames: &[FrameId],
         into: &mut [Attempt<Digest>],
     ) -> Result<(), Error> {
+        let hasher = self.key.hasher();
         for (&frame, into) in frames.iter().zip(into) {
             let view = self.frames.slot(frame).map(|slot| self.frames.view(slot));
             *into = match view {
-                Some(Ok((view, at))) => Attempt::Done(sys::live::digest((&view, at), &self.hasher)),
+                Some(Ok((view, at))) => Attempt::Done(sys::live::digest((&view, at), &hasher)),
                 Some(Err(reason)) => Attempt::Refused(reason),
                 None => Attempt::Gone,
             };
@@ -940,6 +967,7 @@ impl PageSpace for LinuxSpace {
     fn apply(&mut self, requests: &[Request], outcomes: &mut [Attempt<()>]) -> Result<(), Error> {
         let _phase = enter(Phase::Prepare);
         self.unshare(requests, outcomes);
+        self.refuse_left_alone(requests, outcomes);
         self.look_at_headroom();
         let promotions = self.prepare_promotions(requests, outcomes)?;
         let slots: Vec<(usize, Slot)> = promotions

@@ -68,6 +68,13 @@ impl Survey {
         Ok((Rc::clone(&new.list), new.at))
     }
 
+    /// How old a list may be in the background: so that reading it takes 2 % of the time, or what is
+    /// left of that at `at_most`, but never more than its share.
+    pub(crate) fn lasts(&self, at_most: Duration) -> Duration {
+        let took = self.last.as_ref().map_or(Duration::ZERO, |it| it.took);
+        (took * 50).min(at_most).max(took * SHARE)
+    }
+
     /// How old a list may be where `at_least` is wanted.
     pub(crate) fn patience(&self, at_least: Duration) -> Duration {
         let costly = self

@@ -61,9 +61,9 @@ fn file_mappings_are_refused_by_name() {
 fn locked_memory_is_refused_by_name() {
     let engine = engine(Remerge::Quiet);
     let memory = Memory::new(16);
-    memory.lock_pages(3, 2, true).expect("mlock");
+    memory.lock_pages(0, 16, true).expect("mlock");
     assert_refused(&engine, &memory, Reason::Mlocked);
-    memory.lock_pages(3, 2, false).expect("munlock");
+    memory.lock_pages(0, 16, false).expect("munlock");
     register(&engine, &memory);
 }
 
@@ -106,13 +106,17 @@ fn memory_sealed_later_keeps_its_bytes() {
 
 fn memory_with_attributes_that_would_be_lost_is_refused_by_name() {
     let engine = engine(Remerge::Quiet);
-    for (advice, reason) in [
-        (libc::MADV_DONTFORK, Reason::Attributes),
-        (libc::MADV_WIPEONFORK, Reason::Attributes),
-        (libc::MADV_DONTDUMP, Reason::DontDump),
+    for (advice, pages, reason) in [
+        (libc::MADV_DONTFORK, 4, Reason::Attributes),
+        (libc::MADV_WIPEONFORK, 4, Reason::Attributes),
+        (libc::MADV_DONTDUMP, 12, Reason::DontDump),
     ] {
         let memory = Memory::new(16);
-        memory.advise_pages(4, 4, advice).expect("madvise");
+        memory.advise_pages(4, pages, advice).expect("madvise");
+        if reason == Reason::DontDump {
+            // A part of it would be left alone (tests/isolation.rs).
+            memory.advise_pages(0, 4, advice).expect("madvise");
+        }
         assert_refused(&engine, &memory, reason);
     }
 }

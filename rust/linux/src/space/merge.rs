@@ -21,6 +21,11 @@ pub(super) struct Item {
     pub(super) fresh: Option<Slot>,
 }
 
+/// Whether nothing has been said yet about a request.
+fn untried(outcome: Attempt<()>) -> bool {
+    outcome == Attempt::Refused(Reason::NotTried)
+}
+
 impl LinuxSpace {
     fn target(&mut self, slot: Slot) -> Result<Target, Reason> {
         let (view, at) = self.frames.view(slot)?;
@@ -43,7 +48,7 @@ impl LinuxSpace {
             .iter()
             .enumerate()
             .filter_map(|(at, request)| match request {
-                Request::Promote { page, .. } => Some((*page, at)),
+                Request::Promote { page, .. } if untried(outcomes[at]) => Some((*page, at)),
                 _ => None,
             })
             .collect();
@@ -125,6 +130,9 @@ impl LinuxSpace {
     ) -> Vec<Item> {
         let mut items = Vec::new();
         for (at, request) in requests.iter().enumerate() {
+            if !untried(outcomes[at]) {
+                continue;
+            }
             let (page, target) = match *request {
                 Request::Zero { page } => (page, Ok(Target::Zero)),
                 Request::Share { page, frame } => {
@@ -169,14 +177,6 @@ impl LinuxSpace {
 
     /// Takes `items` through windows: what can be moved, then what stays in place.
     pub(super) fn merge(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) {
-        let mut items = items;
-        items.retain(|item| match self.altered(item.page, item.job.live.span()) {
-            None => true,
-            Some(reason) => {
-                self.finish(item, Some(reason), outcomes);
-                false
-            }
-        });
         let (mut moved, mut in_place): (Vec<Item>, Vec<Item>) = items
             .into_iter()
             .partition(|item| self.moves && !self.is_mapped(item.page));

@@ -1,6 +1,6 @@
 //! What pages are now: the kernel's answers, put together with what is remembered (see [`super`]).
 
-use super::{LinuxSpace, STATE, SURVEY_FRESH};
+use super::{LinuxSpace, STATE};
 use crate::eligible::{self, Readable};
 use crate::error::Error;
 use crate::settings::{Barrier, Remerge};
@@ -208,36 +208,6 @@ impl LinuxSpace {
                 }
             }
         }
-    }
-
-    /// Why a new mapping must not take the place of `span`, whose first page is `page`: its owner has
-    /// changed it since he registered it. What is known may be as old as [`SURVEY_FRESH`]; changes of
-    /// protection and locks the kernel sees itself when pages are moved.
-    pub(super) fn altered(&mut self, page: PageId, span: Span) -> Option<Reason> {
-        let (_, region) = self.regions.range_mut(..=page.0).next_back()?;
-        let oldest = Instant::now().checked_sub(self.survey.patience(SURVEY_FRESH));
-        let since = self.survey_since.max(region.since);
-        let since = oldest.map_or(since, |oldest| oldest.max(since));
-        if region.surveyed.is_none_or(|at| at < since) {
-            // What cannot be looked at may have been changed.
-            let read = self.survey.newer_than(since).ok();
-            let all = region.live.span();
-            region.altered = read.as_ref().map_or_else(
-                || vec![(all, Reason::ProcUnreadable)],
-                |(list, _)| list.altered(all),
-            );
-            region.surveyed = Some(read.map_or_else(Instant::now, |(_, at)| at));
-        }
-        let altered = &region.altered;
-        let at = altered.partition_point(|(part, _)| part.end() <= span.start);
-        let (part, reason) = altered.get(at)?;
-        part.overlaps(span).then_some(*reason)
-    }
-
-    /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
-    /// this pass, or this un-merging.
-    pub(crate) fn survey_anew(&mut self) {
-        self.survey_since = Instant::now();
     }
 
     /// Takes the written bits of tracked pages and protects them again, each in one moment, so that

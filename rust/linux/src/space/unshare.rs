@@ -1,6 +1,8 @@
 //! Giving pages copies of their own: back into anonymous memory where that is safe, else in place.
 
-use super::{HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, SURVEY_FRESH, for_runs};
+use super::{
+    HEADROOM_BYTES, HEADROOM_FRESH, HEADROOM_PLENTY, LinuxSpace, UNSHARING_SERIES, for_runs,
+};
 use crate::accounting::{self, Bound};
 use crate::eligible;
 use crate::mappings;
@@ -72,7 +74,7 @@ impl LinuxSpace {
         self.look_at_headroom();
         if self
             .unshared_at
-            .is_none_or(|at| at.elapsed() > self.survey.patience(SURVEY_FRESH / 10))
+            .is_none_or(|at| at.elapsed() > self.survey.patience(UNSHARING_SERIES))
         {
             self.survey_anew();
         }

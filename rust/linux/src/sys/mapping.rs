@@ -113,7 +113,6 @@ advices! {
     #[cfg(test)]
     WipeOnFork = libc::MADV_WIPEONFORK, MadviseOther;
     /// Not in core dumps.
-    #[cfg(test)]
     DontDump = libc::MADV_DONTDUMP, MadviseOther;
     /// Huge pages welcome.
     HugePage = libc::MADV_HUGEPAGE, MadviseHuge;
@@ -204,6 +203,23 @@ impl Mapping {
         // SAFETY: inside our own mapping, aligned (both just checked), and no reference points
         // into it. Where it is not writable the program ends here, as for any such store.
         unsafe { place.write_volatile(value) };
+    }
+
+    /// Reads a number at `offset`.
+    ///
+    /// # Panics
+    /// When that is not inside, or not at a multiple of 8.
+    pub(crate) fn read_u64(&self, offset: usize) -> u64 {
+        let at = self.span.part(offset, 8);
+        assert!(
+            at.start.is_multiple_of(8),
+            "a number is read at a multiple of 8, not {offset}"
+        );
+        #[allow(clippy::cast_ptr_alignment, reason = "just checked")]
+        let place = at.as_ptr().cast::<u64>();
+        // SAFETY: inside our own mapping and aligned (both just checked). Where it is not readable, or
+        // in a child that did not get it, the program ends here, as for any such load.
+        unsafe { place.read_volatile() }
     }
 
     /// Gives the addresses up without unmapping them: they belong to somebody else from here on.

@@ -74,6 +74,8 @@ pub(crate) enum Need {
     WholeMachine,
     /// The kernel's own same-page merging.
     KernelKsm,
+    /// `memfd_secret`.
+    SecretMemory,
 }
 
 impl Need {
@@ -90,6 +92,7 @@ impl Need {
                 | Self::MemoryGroup2
                 | Self::ThreadGroup
                 | Self::KernelKsm
+                | Self::SecretMemory
         )
     }
 
@@ -143,6 +146,10 @@ impl Need {
                     .or_else(|| Self::Root.missing())
             }
             Self::KernelKsm => there("/sys/kernel/mm/ksm/run"),
+            Self::SecretMemory => os::call(libc::SYS_memfd_secret, &[0])
+                .map(os::own_fd)
+                .err()
+                .map(|e| format!("memfd_secret: {e}")),
             Self::ShmemHuge => there("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
                 .or_else(|| Self::Root.missing()),
         }
