@@ -260,6 +260,40 @@ def test_run_2_unmerges_all_and_keeps_regions() -> None:
         assert counts(engine.settle()) == (1, 1, 2)
 
 
+def test_zero_only_merges_zero_pages_and_nothing_else() -> None:
+    tags = [0, 1, 1, 2, 0, 1]
+    with Engine(zero_only=True) as engine:
+        arena = Arena(tags)
+        engine.register(arena.map)
+        stats = engine.settle()
+        assert counts(stats) == (0, 0, 2)
+        assert (stats.frames, stats.pages_unshared) == (0, 0)
+        assert arena.tags() == tags
+        engine.settings.zero_only = False
+        assert counts(engine.settle()) == (1, 2, 2)
+        assert arena.tags() == tags
+
+
+def test_excluded_pages_never_merge(eager: Engine) -> None:
+    data = np.full((32, PAGE), 7, np.uint8)
+    region = eager.register(data)
+    before = eager.settle()
+    assert region.exclude(data[10:20]) >= 10
+    assert region.exclude(data[:0]) == 0
+    for _ in range(2):
+        after = eager.settle()
+        excluded = after.skipped["excluded"]
+        assert 10 <= excluded <= 11  # The array need not begin on a page.
+        assert after.pages_sharing == before.pages_sharing - excluded
+        assert (data == 7).all()
+        eager.run = RunMode.UNMERGE
+        eager.run = RunMode.STOP
+    data[12] = 9
+    assert eager.settle().pages_sharing == after.pages_sharing
+    assert (data[12] == 9).all()
+    assert (data[11] == 7).all()
+
+
 def test_settings_are_attributes_and_keywords() -> None:
     with Engine(advisor_mode="none", sleep_millisecs=7, smart_scan=0) as engine:
         settings = engine.settings

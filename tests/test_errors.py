@@ -191,6 +191,7 @@ def test_discard_of_a_read_only_buffer(engine: Engine) -> None:
         ("max_pause_micros", 0, ValueError),
         ("reserved_mappings", -1, ValueError),
         ("threads", 0, ValueError),
+        ("zero_only", "yes", TypeError),
     ],
 )
 def test_setting_out_of_range(name: str, value: object, error: type[Exception]) -> None:
@@ -226,12 +227,47 @@ def test_pages_to_scan_is_the_advisors(engine: Engine) -> None:
     engine.settings.pages_to_scan = 4000
 
 
+def test_zero_only_without_zero_pages() -> None:
+    both = "zero_only must be off while use_zero_pages is off"
+    with pytest.raises(ValueError, match=both):
+        Engine(zero_only=True, use_zero_pages=False)
+    with pytest.raises(ValueError, match=both):
+        Engine(**pagemerge.kernel_defaults() | {"zero_only": True})
+    with Engine(zero_only=True) as engine:
+        with pytest.raises(ValueError, match=both):
+            engine.settings.use_zero_pages = False
+        assert engine.settings.use_zero_pages
+
+
+def test_exclude_of_what_is_not_in_the_buffer(engine: Engine) -> None:
+    arena, other = Arena([1] * 4), Arena([1] * 4)
+    region = engine.register(arena.map)
+    engine.register(other.map)
+    for wrong in (other.map, np.frombuffer(arena.map, np.uint8).copy(), b"secret"):
+        with pytest.raises(ValueError, match="not all of them lie in the buffer"):
+            region.exclude(wrong)
+    with pytest.raises(ValueError, match="do not lie in one piece"):
+        region.exclude(np.frombuffer(arena.map, np.uint8)[::2])
+    with pytest.raises(TypeError, match="has no buffer"):
+        region.exclude(7)  # type: ignore[arg-type]
+    assert counts_of(engine) == (1, 7)
+    region.close()
+    with pytest.raises(ValueError, match="not registered"):
+        region.exclude(arena.map)
+
+
+def counts_of(engine: Engine) -> tuple[int, int]:
+    stats = engine.settle()
+    return stats.pages_shared, stats.pages_sharing
+
+
 def test_settings_that_are_busy() -> None:
     arena = Arena([1, 1])
     with Engine() as engine:
         engine.register(arena.map)
         engine.settle()
-        for name, value in (("max_page_sharing", 5), ("merge_across_nodes", False)):
+        busy = ("max_page_sharing", 5), ("merge_across_nodes", False), ("zero_only", True)
+        for name, value in busy:
             with pytest.raises(pagemerge.BusyError, match=name) as raised:
                 setattr(engine.settings, name, value)
             assert raised.value.errno == errno.EBUSY

@@ -77,6 +77,9 @@ class Engine:
         write_tracking: Whether the kernel's knowledge of writes replaces checksums (True). Where
             the kernel has none, checksums are used all the same. Fixed once the engine is made.
         lagging_records: Whether records go as late as the kernel's do (False). For comparisons.
+        zero_only: Whether pages of zeroes are merged, and no others (False). Nobody can learn then
+            what others hold from which pages have been merged, and no page is hashed. Needs
+            ``use_zero_pages``; cannot be switched on while a frame is in use.
         barrier: ``"full"``, ``"user"`` or ``"none"``; None takes ``"full"`` where it is available,
             otherwise ``"none"``. Fixed once the engine is made.
         remerge: What happens to pages that were written after they had been merged. ``"quiet"``
@@ -126,6 +129,7 @@ class Engine:
         tree_order: TreeOrder | str = ...,
         write_tracking: _OnOff = ...,
         lagging_records: _OnOff = ...,
+        zero_only: _OnOff = ...,
         barrier: Barrier | str | None = ...,
         remerge: Remerge | str = ...,
         quiet_millisecs: int = ...,
@@ -138,13 +142,15 @@ class Engine:
 
         The buffer is held (exported) until the region is unregistered or the engine is closed, so
         its owner cannot free, resize or close it meanwhile. Pages of different domains never share
-        a frame. The memory must be private anonymous memory, as arrays and bytearrays have.
+        a frame. The memory must be private anonymous memory, as arrays and bytearrays have. Parts
+        of it that are locked (``mlock``) or kept out of core dumps (``MADV_DONTDUMP``) are left
+        alone, as is what :meth:`Region.exclude` is told.
 
         Raises:
             TypeError: It has no buffer.
             ValueError: It is not contiguous, holds no whole page, or is registered already, in
                 whole or in part, with any engine.
-            NotMergeableError: (a ValueError) It is shared, file-backed, locked, ...
+            NotMergeableError: (a ValueError) It is shared, file-backed, locked throughout, ...
             ClosedError, ForkedError: As for all methods.
         """
 
@@ -263,6 +269,30 @@ class Region:
     def stats(self) -> RegionStats:
         """Return the counters of this region."""
 
+    def exclude(self, buffer: _Buffer) -> int:
+        """Keep secrets apart: the pages that hold ``buffer`` never merge from now on.
+
+        ``buffer`` is a part of what was registered, for example a slice of the array. Pages that
+        have been merged get their own copies back first. Every page counts that has one of its
+        bytes. It lasts until the region is unregistered, whatever settings and run modes say.
+
+        Returns:
+            How many pages of the region that is. They are counted as ``skipped["excluded"]``.
+
+        Raises:
+            ValueError: It does not lie in the registered buffer, is not contiguous, or the region is
+                not registered any more.
+            UnmergeError: There is no memory for the copies; then nothing is excluded.
+
+        Example:
+            >>> import numpy as np, pagemerge
+            >>> data = np.zeros((64, pagemerge.PAGE_SIZE), np.uint8)
+            >>> engine = pagemerge.Engine()
+            >>> region = engine.register(data)
+            >>> region.exclude(data[8:10]) >= 2
+            True
+        """
+
     def close(self) -> None:
         """Unregister the region, if it still is registered. See :meth:`Engine.unregister`."""
 
@@ -285,7 +315,7 @@ class Settings:
         ValueError: Out of range, or where the kernel says ``EINVAL``: ``pages_to_scan`` while the
             advisor sets it.
         BusyError: Where the kernel says ``EBUSY``: ``max_page_sharing`` and ``merge_across_nodes``
-            while pages are shared. Set ``engine.run = 2`` first.
+            while pages are shared; likewise to switch ``zero_only`` on. Set ``engine.run = 2`` first.
         AttributeError: There is no such setting.
 
     Example:
@@ -317,6 +347,7 @@ class Settings:
     def tree_order(self, value: TreeOrder | str) -> None: ...
     write_tracking: bool
     lagging_records: bool
+    zero_only: bool
     @property
     def barrier(self) -> Barrier | None: ...
     @barrier.setter

@@ -54,7 +54,8 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
         | Error::TooSmall { .. }
         | Error::Overlaps { .. }
         | Error::NotRegistered
-        | Error::NotInRegion { .. } => PyValueError::new_err(message),
+        | Error::NotInRegion { .. }
+        | Error::NotInBuffer { .. } => PyValueError::new_err(message),
         Error::NotMergeable { reason, .. } => {
             ours(py, "NotMergeableError", (message, reason.name()))
         }
@@ -64,7 +65,7 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
             ours(py, "UnavailableError", (EOPNOTSUPP, message))
         }
         Error::Limit(_) => ours(py, "UnavailableError", (EFBIG, message)),
-        Error::Unmerge { pages, reason } => {
+        Error::Unmerge { pages, reason } | Error::Exclude { pages, reason } => {
             ours(py, "UnmergeError", (message, pages, reason.name()))
         }
         Error::UnmergeMemory { pages, .. } => ours(

@@ -1,5 +1,6 @@
 //! `pagemerge.Region`: a registered buffer.
 
+use crate::buffer::Export;
 use crate::engine::Engine;
 use crate::signals::detached;
 use crate::stats::RegionStats;
@@ -50,6 +51,13 @@ impl Region {
     fn stats(&self, py: Python<'_>) -> PyResult<RegionStats> {
         let engine = self.engine.get();
         detached(py, || engine.inner().region_stats(self.handle)).map(Into::into)
+    }
+
+    fn exclude(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>) -> PyResult<u32> {
+        let export = Export::of(buffer, "exclude")?;
+        let (address, bytes) = (export.address(), export.bytes());
+        let engine = self.engine.get();
+        detached(py, || engine.inner().exclude(self.handle, address, bytes))
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

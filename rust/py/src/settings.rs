@@ -287,6 +287,7 @@ table! {
     tree_order, set_tree_order, scan.tree_order, TreeOrder;
     write_tracking, set_write_tracking, scan.write_tracking, bool;
     lagging_records, set_lagging_records, scan.lagging_records, bool;
+    zero_only, set_zero_only, scan.zero_only, bool;
     barrier, set_barrier, barrier, Option<Barrier>;
     remerge, set_remerge, remerge, Remerge;
     quiet_millisecs, set_quiet_millisecs, quiet_millisecs, u32;

@@ -124,7 +124,6 @@ impl LinuxSpace {
 
     /// Why a page is left alone, if it is.
     pub(super) fn bars(&mut self, page: PageId) -> Option<Reason> {
-        self.survey();
         let (region, at) = self.region_of(page)?;
         if region.aside.has(at) {
             return Some(Reason::Excluded);
