@@ -70,12 +70,11 @@ fn in_a_frame_file(word: u64) -> bool {
 fn file_has(file: &File, len: u64, word: u64) -> bool {
     let mut page = vec![0; page_size()];
     let mut at = 0;
+    let fd = usize::try_from(file.as_raw_fd()).expect("an open file has a number");
+    let data = usize::try_from(libc::SEEK_DATA).expect("it is 3");
     loop {
         // Where there is no data any more the call says ENXIO.
-        let next = os::call(
-            libc::SYS_lseek,
-            &[file.as_raw_fd() as usize, at, libc::SEEK_DATA as usize],
-        );
+        let next = os::call(libc::SYS_lseek, &[fd, at, data]);
         let Ok(data) = next else { return false };
         if data as u64 >= len {
             return false;
