@@ -113,7 +113,7 @@ advices! {
     #[cfg(test)]
     WipeOnFork = libc::MADV_WIPEONFORK, MadviseOther;
     /// Not in core dumps.
-    DontDump = libc::MADV_DONTDUMP, MadviseOther;
+    DontDump = libc::MADV_DONTDUMP, MadviseDump;
     /// Huge pages welcome.
     HugePage = libc::MADV_HUGEPAGE, MadviseHuge;
     /// No huge pages.

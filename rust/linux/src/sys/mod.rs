@@ -334,6 +334,7 @@ calls! {
     MmapKind,
     MadviseDontNeed,
     MadviseFork,
+    MadviseDump,
     MadviseHuge,
     MadvisePopulate,
     Mincore,
