@@ -196,8 +196,20 @@ fn every_test_that_the_document_names_exists() {
                 format!("rust/linux/src/sys/{file}.rs"),
                 format!("tests/{file}.py"),
             ];
-            let exists = places.iter().any(|place| {
-                let text = fs::read_to_string(root.join(place)).unwrap_or_default();
+            // A test of several files counts as one.
+            let mut parts = Vec::new();
+            let folder = root.join(format!("rust/linux/tests/{file}"));
+            if folder.is_dir() {
+                sources(&folder, &mut parts);
+            }
+            let whole: String = parts
+                .iter()
+                .map(|part| fs::read_to_string(part).expect("a source file"))
+                .collect();
+            let texts = places
+                .iter()
+                .map(|place| fs::read_to_string(root.join(place)).unwrap_or_default());
+            let exists = texts.chain([whole]).any(|text| {
                 let is_rust = text.contains(&format!("fn {name}()"));
                 // A test with a harness of its own has to be in its list, too.
                 let listed = !text.contains("support::run(vec![")
