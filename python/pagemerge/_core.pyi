@@ -280,8 +280,8 @@ class Region:
             How many pages of the region that is. They are counted as ``skipped["excluded"]``.
 
         Raises:
-            ValueError: It does not lie in the registered buffer, is not contiguous, or the region is
-                not registered any more.
+            ValueError: It does not lie in the registered buffer, is not contiguous, or the region
+                is not registered any more.
             UnmergeError: There is no memory for the copies; then nothing is excluded.
 
         Example:
@@ -315,7 +315,8 @@ class Settings:
         ValueError: Out of range, or where the kernel says ``EINVAL``: ``pages_to_scan`` while the
             advisor sets it.
         BusyError: Where the kernel says ``EBUSY``: ``max_page_sharing`` and ``merge_across_nodes``
-            while pages are shared; likewise to switch ``zero_only`` on. Set ``engine.run = 2`` first.
+            while pages are shared; likewise to switch ``zero_only`` on. Set ``engine.run = 2``
+            first.
         AttributeError: There is no such setting.
 
     Example:
