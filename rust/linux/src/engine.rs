@@ -470,7 +470,7 @@ impl EngineState {
             });
         }
         if run == RunMode::Unmerge && self.scanner.run() != RunMode::Unmerge {
-            let regions: Vec<RegionId> = self.regions.values().map(|(_, id)| *id).collect();
+            let regions: Vec<RegionId> = self.regions.values().map(|member| member.id).collect();
             if let Err(error) = self.has_room_to_unmerge(&regions) {
                 // As after any un-merging that fails. Stopping cannot.
                 let _ = self.scanner.set_run(&mut self.space, RunMode::Stop);
