@@ -490,6 +490,9 @@ impl LinuxSpace {
                     Ok(()) => {}
                     // Nothing is registered where nothing is mapped.
                     Err(_) if !is_mapped(part.span()) => {}
+                    // It will never be done otherwise.
+                    Err(stop) if stop.errno().is_forbidden() && uffd.end(&self.pagemap).is_ok() => {
+                    }
                     Err(error) => stop = Some(error),
                 }
             });

@@ -434,7 +434,10 @@ impl OpenWindow<'_> {
             return true;
         };
         if uffd.unregister(span).is_err() {
-            self.note_unclosed(span);
+            // Where registering is forbidden nothing was registered.
+            if !stop.errno().is_forbidden() {
+                self.note_unclosed(span);
+            }
         } else if tracked {
             // Where it fails, digests decide.
             let _ = uffd.register(span, Modes::WriteProtect);
@@ -706,6 +709,7 @@ impl OpenWindow<'_> {
 
     fn close_moved(&mut self, uffd: &Userfaultfd, staging: &Mapping, tracked: bool, run: Run) {
         let end = run.first + run.pages;
+        let mut ended = false;
         let mut at = run.first;
         while at < end {
             if self.places[at] == Place::Moving {
@@ -725,18 +729,26 @@ impl OpenWindow<'_> {
             let open = self.group(mapped, end, |place| place != Place::Mapped);
             if open > mapped {
                 let span = self.live(mapped, open - mapped).span();
-                if !stop_waiting(uffd, span, tracked) {
-                    self.note_unclosed(span);
+                match stop_waiting(uffd, span, tracked) {
+                    Ok(()) => {}
+                    Err(stop) if stop.errno().is_forbidden() => ended = true,
+                    Err(_) => self.note_unclosed(span),
                 }
             }
             at = open;
         }
-        // Fails only for a range that is not made of whole pages.
-        let _ = uffd.wake(self.live(run.first, run.pages).span());
+        let span = self.live(run.first, run.pages).span();
+        let woken = (0..READING_TRIES).any(|_| uffd.wake(span).is_ok());
+        if ended || !woken {
+            // Somebody may wait here for ever, and nothing else is left that would let him go on. No
+            // window opens after this, and writes are not tracked any more.
+            let _ = (0..READING_TRIES).any(|_| uffd.end(self.pagemap).is_ok());
+        }
     }
 
-    /// Puts pages back from staging: at once, else page by page, else as copies. It does not give
-    /// up while there is anywhere to put them (finding F10): their readers wait rather than lose.
+    /// Puts pages back from staging: at once, else page by page, else as copies, else (where no ioctl may
+    /// be called any more) by `mremap`. It does not give up while there is anywhere to put them (finding
+    /// F10): their readers wait rather than lose.
     fn put_back(&mut self, uffd: &Userfaultfd, staging: &Mapping, first: usize, pages: usize) {
         let moved = self
             .live(first, pages)
@@ -778,6 +790,13 @@ impl OpenWindow<'_> {
                 Some(FillStop::Missing | FillStop::WrongMapping | FillStop::Exiting) => {
                     refused += 1;
                     if refused == RETURNING_TRIES || !mapping::is_mapped(home) {
+                        return;
+                    }
+                }
+                Some(FillStop::Other(errno)) if errno.is_forbidden() => {
+                    refused += 1;
+                    if refused >= READING_TRIES && live.carry_back(staging, at * self.page).is_ok()
+                    {
                         return;
                     }
                 }
@@ -860,9 +879,8 @@ fn is_empty(entry: Entry) -> bool {
     !entry.is_present() && !entry.is_swapped()
 }
 
-/// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again. Says
-/// whether that was done.
-fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) -> bool {
+/// Takes a range out of MISSING (finding F1: only UNREGISTER does), and tracks its writes again.
+fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) -> Result<(), RegisterStop> {
     // Closing exactly what was opened needs no room. If the kernel says otherwise, trying again for a
     // while is all there is; all pages are back, so what stays registered harms nobody until the
     // owner discards one of them. Any other answer means that it is not mapped as it was.
@@ -875,7 +893,7 @@ fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) -> bool {
             READING_TRIES
         };
         if tries >= most {
-            return false;
+            return Err(stop);
         }
         process::give_way();
     }
@@ -883,5 +901,5 @@ fn stop_waiting(uffd: &Userfaultfd, span: Span, tracked: bool) -> bool {
         // If it fails, these pages are judged by their digests from now on.
         let _ = uffd.register(span, Modes::WriteProtect);
     }
-    true
+    Ok(())
 }

@@ -197,6 +197,23 @@ impl Live {
         unsafe { uffd.copy(from, self.0.start, false, Wake::Later) }
     }
 
+    /// Moves its pages back from staging without any userfaultfd: where that may not be called any
+    /// more. They lie in a mapping of staging's kind then, which children get as they got the old one.
+    ///
+    /// # Errors
+    /// As [`mapping::relocate_pages`].
+    pub(crate) fn carry_back(self, staging: &Mapping, offset: usize) -> Result<(), MapStop> {
+        let from = staging.span().part(offset, self.0.len);
+        // SAFETY: the place is empty, and promised to be its owner's; nobody uses staging, which stays
+        // mapped.
+        unsafe { mapping::relocate_pages(from, self.0.start) }?;
+        // SAFETY: changes no byte.
+        let inherited = unsafe { mapping::advise(self.0, Advice::DoFork) };
+        // It was the whole of a mapping a moment ago, so this needs no room.
+        let _ = inherited;
+        Ok(())
+    }
+
     /// Installs the zero page in its pages, which are absent.
     pub(crate) fn fill_zero(self, uffd: &Userfaultfd) -> Progress<FillStop> {
         // SAFETY: the window has seen that the bytes which belong here are zero.

@@ -409,6 +409,26 @@ pub(crate) unsafe fn relocate(from: Span, to: usize) -> Result<(), MapStop> {
     .map_err(MapStop::decode)
 }
 
+/// Moves the pages of `from` to `to`, over whatever is mapped there; `from` stays mapped, and is empty
+/// then. What lies at `to` is a mapping of the kind of `from`.
+///
+/// # Errors
+/// [`MapStop`]. What was mapped at `to` may be gone.
+///
+/// # Safety
+/// As [`map_frames`] for `to`; nobody relies on the bytes at `from`.
+pub(crate) unsafe fn relocate_pages(from: Span, to: usize) -> Result<(), MapStop> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let to = Span::new(to, from.len);
+    checked(Call::MremapPages, || {
+        // SAFETY: the caller's promise.
+        let got = unsafe { libc::mremap(from.as_void(), from.len, from.len, flags, to.as_void()) };
+        got as i64
+    })
+    .map(drop)
+    .map_err(MapStop::decode)
+}
+
 /// Whether anything is mapped at the first page of `span`. What cannot be found out counts as mapped.
 pub(crate) fn is_mapped(span: Span) -> bool {
     let mut resident = 0_u8;

@@ -215,6 +215,12 @@ impl Errno {
         Self(unsafe { *place })
     }
 
+    /// The call itself is forbidden to this thread, by a filter that somebody installed in mid life:
+    /// asking again is of no use.
+    pub(crate) const fn is_forbidden(self) -> bool {
+        matches!(self.0, libc::EPERM | libc::EACCES | libc::ENOSYS)
+    }
+
     /// The number, for `OSError.errno` and the like. Decisions are made on names, not on this.
     pub(crate) const fn raw(self) -> i32 {
         self.0
@@ -328,6 +334,7 @@ calls! {
     MmapFresh,
     Munmap,
     Mremap,
+    MremapPages,
     #[cfg(test)]
     Mprotect,
     #[cfg(test)]
@@ -364,6 +371,7 @@ calls! {
     UffdWriteprotect,
     UffdHelperWriteprotect,
     UffdWake,
+    UffdEnd,
     UffdRead,
     Poll,
     Eventfd,

@@ -253,7 +253,7 @@ impl Pagemap {
         Ok(Self { file })
     }
 
-    fn raw(&self) -> RawFd {
+    pub(super) fn raw(&self) -> RawFd {
         self.file.raw()
     }
 

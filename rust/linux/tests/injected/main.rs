@@ -38,6 +38,7 @@ use named::{
     interruptions_everywhere_change_nothing, panic_in_one_engine_leaves_the_others,
     panic_of_the_helper_leaves_no_writer_waiting, panics_while_a_window_closes_leave_no_page_away,
     starting_can_fail_and_be_tried_again, starts_in_the_end,
+    window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back,
     window_that_could_not_be_closed_is_closed_before_pages_are_discarded,
 };
 use random::{faults_in_combination_lose_no_increment, random_faults_under_writers};
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         case!(busy_moves_are_a_reason),
         case!(interruptions_everywhere_change_nothing),
         case!(window_that_could_not_be_closed_is_closed_before_pages_are_discarded),
+        case!(window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back),
         case!(panic_of_the_helper_leaves_no_writer_waiting),
         case!(panic_in_one_engine_leaves_the_others),
         case!(panics_while_a_window_closes_leave_no_page_away),

@@ -11,7 +11,9 @@ use pagemerge_linux::core::Reason;
 use pagemerge_linux::inject::{self, Effect, Plan};
 use pagemerge_linux::{Engine, Remerge};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 /// Goal: a frame store that is full is a reason, not an error, and nothing is lost.
@@ -230,6 +232,80 @@ pub(super) fn window_that_could_not_be_closed_is_closed_before_pages_are_discard
         "a pass closes what is left"
     );
     engine.unregister(region).expect("un-merged");
+}
+
+/// A filter that forbids every ioctl while a window is open: its pages were offered to their places for
+/// ever, and whoever waited for them, too.
+pub(super) fn window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back() {
+    const IOCTLS: [&str; 7] = [
+        "UffdMove",
+        "UffdCopy",
+        "UffdZeropage",
+        "UffdRegister",
+        "UffdUnregister",
+        "UffdWake",
+        "PagemapScan",
+    ];
+    for opened in [1, 4, 9] {
+        let memory = Arc::new(filled());
+        let engine = engine(Remerge::Never);
+        let region = register(&engine, &memory);
+        scan(&engine);
+        let stop = Arc::new(AtomicBool::new(false));
+        let reader = {
+            let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
+            thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    for page in 0..PAGES {
+                        let _ = memory.load(page, 9);
+                    }
+                }
+            })
+        };
+        // Frames cannot be mapped, so that everything has to go back; from some window on that is
+        // forbidden.
+        inject::arm("MmapFrames", libc::EPERM, 0, EVER);
+        let strikes = inject::strikes();
+        let plan = |call, phase, skip| Plan {
+            call,
+            phase,
+            effect: Effect::Fail(libc::EPERM),
+            skip,
+            times: EVER,
+        };
+        let before = ["MremapPages", "UffdEnd"].map(inject::seen);
+        inject::arm("UffdEnd", libc::EBUSY, 0, 2);
+        // Not before pages have been moved out: what begins in a window's closing stays.
+        inject::arm_plan(&plan("UffdMove", Some("WindowClose"), opened));
+        for call in &IOCTLS[1..] {
+            inject::arm_plan(&plan(call, Some("WindowClose"), 0));
+        }
+        (0..3).for_each(|_| drop(engine.scan(None, &mut || true)));
+        assert!(
+            inject::strikes() > strikes + 4,
+            "it was not forbidden in time"
+        );
+        assert_reads_right(&memory, "forbidden in a window");
+        assert_eq!(registered(&memory, "um"), [""; 0]);
+        let after = ["MremapPages", "UffdEnd"].map(inject::seen);
+        assert!(
+            after[0] > before[0] && after[1] > before[1] + 2,
+            "{before:?} {after:?}"
+        );
+        stop.store(true, Ordering::Relaxed);
+        reader.join().expect("it only reads");
+        let child = os::fork(|| i32::from(!still_right(&memory)));
+        assert_eq!(child.wait(), 0, "children have the pages");
+        (0..PAGES).for_each(|page| memory.fill(page, content(page)));
+        for call in IOCTLS {
+            inject::arm(call, libc::EPERM, 0, EVER);
+        }
+        engine
+            .unregister(region)
+            .expect("un-merged without any ioctl");
+        assert_reads_right(&memory, "un-merged");
+        inject::disarm_all();
+    }
 }
 
 /// A panic on the helper thread left the page that was written protected for ever: its writer, and the
@@ -461,10 +537,9 @@ pub(super) fn starts_in_the_end() {
 /// Goal: what fails while the merging thread is started is an error with its number, and not for good.
 pub(super) fn starting_can_fail_and_be_tried_again() {
     let mut tried = 0;
-    for answers in ANSWERS
-        .iter()
-        .filter(|answers| PROCESS_ONLY.contains(&answers.call) && answers.call != "SpawnHashing")
-    {
+    for answers in ANSWERS.iter().filter(|answers| {
+        PROCESS_ONLY.contains(&answers.call) && !["SpawnHashing", "UffdEnd"].contains(&answers.call)
+    }) {
         let errnos = answers.errnos.iter().filter(|errno| **errno != libc::EINTR);
         for errno in errnos.chain([&0]) {
             let plan = format!("{} {errno} 0", answers.call);

@@ -59,6 +59,11 @@ pub(super) const CONTEXTS: &[&[Plan]] = &[
         fail("MmapFrames", "WindowReplace", libc::EPERM, 0, 6),
     ],
     &[fail("Mremap", "RestoreWindow", libc::EINVAL, 0, EVER)],
+    &[
+        fail("MmapFrames", "WindowReplace", libc::EPERM, 0, 8),
+        fail("UffdMove", "WindowClose", libc::EPERM, 0, 60),
+        fail("UffdCopy", "WindowClose", libc::EPERM, 0, 60),
+    ],
     &[fail("Userfaultfd", "Probe", libc::EPERM, 0, 1)],
     // So that the helper has to end all watches.
     &[
@@ -420,7 +425,8 @@ fn in_all_worlds(scenario: &'static str, limit: Duration) {
     }
 }
 
-/// Calls that are made once in the life of a process: see [`starting_can_fail_and_be_tried_again`].
+/// Calls that are made once in the life of a process, at its start: see
+/// [`crate::named::starting_can_fail_and_be_tried_again`]. And others that only tests of their own reach.
 pub(super) const PROCESS_ONLY: &[&str] = &[
     "CloseRange",
     "OpenNull",
@@ -430,6 +436,9 @@ pub(super) const PROCESS_ONLY: &[&str] = &[
     "SpawnMerging",
     // Needs more pages: see [`hashing_threads_that_cannot_be_started_are_done_without`].
     "SpawnHashing",
+    // Ends what an engine could go on with: see
+    // [`crate::named::window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back`].
+    "UffdEnd",
 ];
 
 /// Goal: no single fault at any site loses a byte, hangs, leaks, or is kept silent.

@@ -33,6 +33,7 @@ pub(crate) const ANSWERS: &[Answers] = answers! {
     "MmapFresh" "mmap(2)": EACCES EAGAIN EINVAL ENFILE ENODEV ENOMEM EOVERFLOW EPERM;
     "Munmap" "munmap(2)": EINVAL ENOMEM EPERM;
     "Mremap" "mremap(2)": EAGAIN EFAULT EINVAL ENOMEM EPERM;
+    "MremapPages" "mremap(2)": EAGAIN EFAULT EINVAL ENOMEM EPERM;
     "MadviseDontNeed" "madvise(2)": EACCES EAGAIN EBADF EINVAL EIO ENOMEM EPERM;
     "MadviseFork" "madvise(2)": EACCES EAGAIN EINVAL EIO ENOMEM EPERM;
     "MadviseDump" "madvise(2)": EACCES EAGAIN EINVAL EIO ENOMEM EPERM;
@@ -59,6 +60,7 @@ pub(crate) const ANSWERS: &[Answers] = answers! {
     "UffdWriteprotect" "UFFDIO_WRITEPROTECT(2const)": EAGAIN EFAULT EINVAL ENOENT ENOMEM ESRCH;
     "UffdHelperWriteprotect" "UFFDIO_WRITEPROTECT(2const)": EAGAIN EFAULT EINVAL ENOENT ENOMEM ESRCH;
     "UffdWake" "UFFDIO_WAKE(2const)": EFAULT EINVAL;
+    "UffdEnd" "dup(2)": EBADF EBUSY EINTR EINVAL EMFILE;
     "UffdRead" "userfaultfd(2), read(2)": EAGAIN EFAULT EINTR EINVAL EIO;
     "Poll" "poll(2)": EFAULT EINTR EINVAL ENOMEM EAGAIN;
     "Eventfd" "eventfd(2)": EINVAL EMFILE ENFILE ENODEV ENOMEM;
