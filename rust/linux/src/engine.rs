@@ -291,6 +291,7 @@ impl EngineState {
             self.space.reattach(id)?;
             id
         } else {
+            self.space.untrack_again();
             let found = self.space.check_mergeable(live.span())?;
             let got = self
                 .scanner

@@ -175,6 +175,8 @@ pub(crate) struct LinuxSpace {
     lost_races: u64,
     /// Only zero from not zero is told by digests.
     zero_only: bool,
+    /// Memory of dropped regions that the kernel did not take out of write tracking.
+    still_tracked: Vec<Span>,
     /// Quiet pages have had the owner's changes looked at in this pass.
     surveyed_in_pass: bool,
     /// The list of mappings, and when the last thing happened that an older one does not do for.
@@ -255,6 +257,7 @@ impl LinuxSpace {
             forbidden: None,
             lost_races: 0,
             zero_only: settings.scan.zero_only,
+            still_tracked: Vec::new(),
             surveyed_in_pass: false,
             survey: Survey::default(),
             survey_since: Instant::now(),
@@ -312,6 +315,7 @@ impl LinuxSpace {
     pub(crate) fn begin_pass(&mut self) {
         let _phase = enter(Phase::BeginPass);
         self.settle();
+        self.untrack_again();
         // What is still left is told to whoever discards or unregisters.
         let _ = self.close_again(Span::default());
         self.budget.recount();
@@ -530,9 +534,20 @@ impl LinuxSpace {
             && let Some(uffd) = &self.uffd
         {
             for_runs(region, false, (0, pages), page, |run| {
-                // It fails only where nothing is registered any more.
-                let _ = uffd.unregister(run.span());
+                if uffd.unregister(run.span()).is_err() {
+                    self.still_tracked.push(run.span());
+                }
             });
+        }
+    }
+
+    /// Lets go of what could not be let go of when its region was dropped: it would be refused as another
+    /// userfaultfd's when it is registered again. Where it fails because nothing is registered there any
+    /// more, there is nothing left to do.
+    pub(crate) fn untrack_again(&mut self) {
+        if let Some(uffd) = &self.uffd {
+            self.still_tracked
+                .retain(|span| uffd.unregister(*span).is_err() && is_mapped(*span));
         }
     }
 

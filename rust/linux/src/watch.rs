@@ -301,6 +301,7 @@ struct Inbox {
     events: [RawEvent; 16],
     got: usize,
     settled: usize,
+    unlifted: u32,
 }
 
 impl Default for Inbox {
@@ -309,6 +310,7 @@ impl Default for Inbox {
             events: [RawEvent::EMPTY; 16],
             got: 0,
             settled: 0,
+            unlifted: 0,
         }
     }
 }
@@ -339,13 +341,22 @@ impl Drop for Shut<'_> {
     }
 }
 
-/// Lets the writers of a page go on. Says whether it could.
-fn let_go_on(uffd: &UffdHelper, at: Span) -> bool {
+/// So many writers in a row could not be let go on.
+const UNLIFTED: u32 = 1000;
+
+/// Lets the writers of a page go on. Says whether it could. `unlifted` counts protections that could not
+/// be lifted, one after the other.
+fn let_go_on(uffd: &UffdHelper, at: Span, unlifted: &mut u32) -> bool {
     for _ in 0..LIFTING_TRIES {
         // If the page has been mapped over or let go meanwhile there is nothing to lift, and then
         // lifting wakes nobody. If lifting fails otherwise, whoever is woken comes again.
         let lifted = uffd.unprotect(at, Wake::Now).is_ok();
         let woken = uffd.wake(at).is_ok();
+        *unlifted = if lifted { 0 } else { *unlifted + 1 };
+        if *unlifted > UNLIFTED {
+            // Whoever is woken comes again, for ever.
+            return false;
+        }
         if lifted || woken {
             return true;
         }
@@ -367,7 +378,7 @@ fn help_on(
         if let Event::Fault { address, .. } = inbox.events[inbox.settled].decode() {
             let at = Span::new(address / page * page, page);
             let _shut = Shut::new(&common.in_window);
-            if !let_go_on(uffd, at) {
+            if !let_go_on(uffd, at, &mut inbox.unlifted) {
                 // Nothing can be lifted any more: all watches end at once, since somebody waits.
                 while uffd.end(waker).is_err() {
                     std::thread::sleep(LOOKING);

@@ -240,16 +240,18 @@ pub(crate) fn call<R: Send + 'static>(
     }
     let (reply, answer) = mpsc::channel();
     let job: Job = Box::new(move |stage| {
-        let result = work(stage);
+        // A panic in an engine's work has been caught already: this one was outside of it.
+        let result = catch_unwind(AssertUnwindSafe(|| work(stage)));
         // The caller waits for this very message.
-        let _ = reply.send(result);
+        let _ = reply.send(result.map_err(|panic| panic_text(panic.as_ref())));
     });
     sender()?
         .send(job)
         .map_err(|_| Error::Worker("it is gone".into()))?;
     answer
         .recv()
-        .map_err(|_| Error::Worker("the job panicked".into()))
+        .map_err(|_| Error::Worker("it is gone".into()))?
+        .map_err(Error::Worker)
 }
 
 /// Runs `work` on the merging thread, on the engine called `id`, and waits for its result.

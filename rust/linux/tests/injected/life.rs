@@ -93,6 +93,8 @@ pub(super) struct Life {
     pub(super) reasons: BTreeSet<&'static str>,
     /// Calls that the plan struck (not those of its context).
     pub(super) struck: u64,
+    /// A panic has ended the engine.
+    pub(super) broken: bool,
 }
 
 impl Life {
@@ -104,13 +106,6 @@ impl Life {
     fn note_io<T>(&mut self, got: std::io::Result<T>) -> Option<T> {
         got.map_err(|error| self.errors.push(error.to_string()))
             .ok()
-    }
-
-    /// An injected panic has ended the engine.
-    pub(super) fn is_broken(&self) -> bool {
-        self.errors
-            .iter()
-            .any(|e| e.contains("has ended unexpectedly"))
     }
 }
 
@@ -252,7 +247,8 @@ pub(super) fn live(shape: Shape, context: &[Plan], plan: Option<&Plan>) -> Life 
     inject::disarm_all();
 
     // Nothing fails any more.
-    if history.life.is_broken() {
+    history.life.broken = matches!(history.engine.stats(), Err(Error::Worker(_)));
+    if history.life.broken {
         history.assert_broken();
     } else {
         history.go_on(unregistered);

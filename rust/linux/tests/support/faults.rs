@@ -67,7 +67,7 @@ pub(crate) const ANSWERS: &[Answers] = answers! {
     "EventfdWrite" "eventfd(2), write(2)": EAGAIN EINTR;
     "EventfdRead" "eventfd(2), read(2)": EAGAIN EINTR EINVAL;
     // The last way out: where it is refused for good there is none, so that is not tried.
-    "HelperDup" "dup(2)": ;
+    "HelperDup" "dup(2)": EBADF EBUSY EINTR EINVAL EMFILE;
     "OpenPagemap" "open(2)": EACCES EINTR EMFILE ENFILE ENOENT ENOMEM EPERM;
     "PagemapScan" "PAGEMAP_SCAN(2const)": E2BIG EFAULT EINTR EINVAL ENOMEM ENOTTY EPERM;
     "PagemapRead" "read(2)": EAGAIN EFAULT EINTR EINVAL EIO ENOMEM ESRCH;
