@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// A list that was read in less than this is read again for everybody who registers memory.
 const CHEAP: Duration = Duration::from_millis(5);
 /// How many times as long as it took to be read an old list may serve.
-const SHARE: u32 = 20;
+const SHARE: u32 = 5;
 
 #[derive(Clone, Debug)]
 struct Reading {

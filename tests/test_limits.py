@@ -1,0 +1,223 @@
+"""At memory limits: what Python programs see when there is no room to un-merge.
+
+The engine's own tests (``rust/linux/tests/limits.rs``) go through every limit; here are the ways in
+which a Python program meets them: exceptions, ``with`` blocks, finalizers, the interpreter's end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("full_barrier")
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+class Group:
+    """A memory cgroup (version 1) of our own."""
+
+    def __init__(self) -> None:
+        self.path = GROUPS / f"pagemerge-pytest-{os.getpid()}-{time.monotonic_ns()}"
+        self.path.mkdir()
+        (self.path / "memory.limit_in_bytes").write_text("512M")
+
+    def end(self) -> None:
+        """Nobody was killed; processes leave the group a moment after they are reaped."""
+        kills = [
+            line
+            for line in (self.path / "memory.oom_control").read_text().splitlines()
+            if line.startswith("oom_kill ")
+        ]
+        for _ in range(500):
+            try:
+                self.path.rmdir()
+                break
+            except OSError:
+                time.sleep(0.01)
+        assert kills == ["oom_kill 0"]
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    if os.geteuid() != 0 or not (GROUPS / "memory.oom_control").exists():
+        pytest.skip("needs root and a memory cgroup of version 1")
+    group = Group()
+    yield group
+    group.end()
+
+
+# 64 MiB of duplicates, and 8 MiB left below the limit once they are merged.
+SHORT = """
+    import atexit, pathlib, sys
+    import numpy as np, pagemerge
+    group = pathlib.Path({group!r})
+    (group / "cgroup.procs").write_text("0")
+    WORDS = 64 << 17
+    def right(array):
+        return bool((array == 7).all())
+    def limit(extra):
+        used = int((group / "memory.usage_in_bytes").read_text())
+        (group / "memory.limit_in_bytes").write_text(str(used + extra))
+        (group / "memory.failcnt").write_text("0")
+    def met():
+        return int((group / "memory.failcnt").read_text())
+    array = np.full(WORDS, 7, dtype=np.uint64)
+"""
+
+
+def short(group: Group, text: str) -> str:
+    return SHORT.format(group=str(group.path)) + text
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "engine.unregister(region)",
+        "engine.run = 2",
+        "region.close()",
+        "engine.close()",
+        "engine.__exit__(None, None, None)",
+    ],
+)
+def test_unmerging_refuses_with_the_figures(program: Program, group: Group, how: str) -> None:
+    program(
+        short(
+            group,
+            f"""
+    engine = pagemerge.Engine()
+    region = engine.register(array)
+    assert engine.settle().pages_sharing > 15000
+    limit(8 << 20)
+    try:
+        {how}
+    except pagemerge.UnmergeError as error:
+        assert error.reason == "no_memory" and error.pages > 15000, error.pages
+        assert "bytes" in str(error) and "memory cgroup" in str(error), str(error)
+    else:
+        raise AssertionError("there is no room for the copies")
+    assert region.registered and not engine.closed
+    assert engine.stats().pages_sharing > 15000
+    assert right(array) and met() == 0, met()
+    limit(200 << 20)
+    {how}
+    assert right(array)
+    """,
+        )
+    )
+
+
+def test_unmerge_refuses_with_the_figures(program: Program, group: Group) -> None:
+    program(
+        short(
+            group,
+            """
+    report = pagemerge.merge(array)
+    assert report.bytes_saved > 60 << 20
+    limit(8 << 20)
+    try:
+        pagemerge.unmerge(array)
+    except pagemerge.UnmergeError as error:
+        assert error.reason == "no_memory" and "bytes" in str(error)
+    else:
+        raise AssertionError("there is no room for the copies")
+    assert right(array) and met() == 0
+    limit(200 << 20)
+    pagemerge.unmerge(array)
+    assert right(array)
+    """,
+        )
+    )
+
+
+def test_end_of_an_owner_needs_no_room(program: Program, group: Group) -> None:
+    """An array that is freed takes its merged pages with it: nothing is copied."""
+    program(
+        short(
+            group,
+            """
+    other = array.copy()
+    pagemerge.merge(array, other)
+    limit(2 << 20)
+    del array
+    assert right(other) and met() == 0
+    """,
+        )
+    )
+
+
+def test_last_reference_goes_where_there_is_no_room(program: Program, group: Group) -> None:
+    """Nobody is left to be told: the memory stays merged, and its owner alive."""
+    program(
+        short(
+            group,
+            """
+    engine = pagemerge.Engine()
+    region = engine.register(array)
+    engine.settle()
+    view = memoryview(array)
+    limit(8 << 20)
+    del region, engine, array
+    assert bytes(view[:8]) == bytes(view[-8:]) == (7).to_bytes(8, "little")
+    assert right(np.frombuffer(view, dtype=np.uint64)) and met() == 0
+    """,
+        )
+    )
+
+
+def test_interpreter_ends_where_there_is_no_room(program: Program, group: Group) -> None:
+    """Nothing is un-merged at the end, so nothing can be refused."""
+    done = program(
+        short(
+            group,
+            """
+    atexit.register(lambda: print("right" if right(array) and met() == 0 else "wrong"))
+    engine = pagemerge.Engine()
+    engine.register(array)
+    engine.settle()
+    pagemerge.merge(np.full(1 << 20, 3))
+    engine.start()
+    limit(8 << 20)
+    """,
+        )
+    )
+    assert done.stdout == "right\n"
+
+
+def test_program_at_its_own_limit_gets_memory_errors_and_goes_on(program: Program) -> None:
+    """Merging neither ends a program that has used up its address space nor is ended by that."""
+    program(
+        """
+        import resource
+        import numpy as np, pagemerge
+        array = np.full(4 << 20, 7, dtype=np.uint64)
+        engine = pagemerge.Engine()
+        engine.register(array)
+        engine.scan(100)
+        size = 4096 * int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+        for _ in range(3):
+            try:
+                np.ones(1 << 22)
+            except MemoryError:
+                pass
+            else:
+                raise AssertionError("the limit does not hold")
+            try:
+                engine.scan()
+            except OSError as error:
+                assert error.errno == 12, error
+        assert (array == 7).all()
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert engine.settle().pages_sharing > 8000
+        engine.close()
+        assert (array == 7).all()
+        """
+    )
