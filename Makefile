@@ -30,6 +30,7 @@ test: $(VENV)/.tested-with ## All tests: the Rust crates, then the Python packag
 	cargo test --release -p pagemerge-sim
 	cargo test --release -p pagemerge-linux
 	cargo test --release -p pagemerge-linux --features inject --test injected --test regressions
+	cargo test --release -p pagemerge-linux --features inject --test hostile -- known_key
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 .PHONY: lint
