@@ -12,6 +12,7 @@
 use super::os::{self, Child, call, page_size};
 use std::ffi::c_void;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 /// Anonymous memory between two pages that nobody can touch; it stays until somebody unmaps it.
@@ -25,8 +26,15 @@ pub(crate) fn map(pages: usize, align: usize) -> usize {
     addr
 }
 
+/// Anonymous memory, perhaps right beside somebody else's.
+pub(crate) fn map_anywhere(len: usize) -> usize {
+    let flags = os::PRIVATE as usize;
+    let at = [0, len, os::RW as usize, flags, os::NONE, 0];
+    call(libc::SYS_mmap, &at).expect("memory for a test")
+}
+
 /// Fresh anonymous memory at a place that is ours already.
-pub(crate) fn map_at(addr: usize, len: usize) {
+fn map_at(addr: usize, len: usize) {
     let flags = (os::PRIVATE | libc::MAP_FIXED) as usize;
     let at = [addr, len, os::RW as usize, flags, os::NONE, 0];
     let got = call(libc::SYS_mmap, &at).expect("memory for a test");
@@ -124,4 +132,36 @@ pub(crate) fn vfork_store(addr: usize, value: u64) -> io::Result<()> {
         "a child that shares our memory ended with {status:#x}"
     );
     Ok(())
+}
+
+/// Told of a fault: the address, and where the program was.
+pub(crate) type OnFault = fn(usize, usize) -> !;
+
+static ON_FAULT: OnceLock<OnFault> = OnceLock::new();
+
+/// From here on a fault (SIGSEGV, SIGBUS) tells its story before it ends the process.
+pub(crate) fn tell_faults(tell: OnFault) {
+    ON_FAULT.set(tell).expect("set once");
+    // SAFETY: a structure of numbers and flags, for which zero is a value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = fault as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: the handler has the signature that SA_SIGINFO asks for, and never returns.
+        let set = unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "a handler");
+    }
+}
+
+extern "C" fn fault(_signal: i32, info: *const libc::siginfo_t, context: *const libc::ucontext_t) {
+    // SAFETY: the kernel gives a handler both, for as long as it runs.
+    let (info, context) = unsafe { (&*info, &*context) };
+    // SAFETY: a fault's information has an address.
+    let addr = unsafe { info.si_addr() }.addr();
+    #[cfg(target_arch = "x86_64")]
+    let at = context.uc_mcontext.gregs[libc::REG_RIP as usize] as usize;
+    #[cfg(not(target_arch = "x86_64"))]
+    let at = usize::from(std::ptr::eq(context, std::ptr::null()));
+    // A fault is a bug or a loss: the process is not used any more, so this may allocate.
+    ON_FAULT.get().expect("set before the handler")(addr, at)
 }

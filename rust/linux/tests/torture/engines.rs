@@ -75,7 +75,7 @@ fn register_part(me: &mut Me, number: usize, part: usize, engine: usize) {
     );
     match got {
         Ok(handle) => {
-            me.count("registered", 1);
+            me.count("regions registered", 1);
             parts.0[part] = Some((engine, handle));
         }
         // What the owner has locked or protected is refused, by name.
@@ -122,7 +122,7 @@ fn unregister_part(me: &mut Me, number: usize, part: usize) -> bool {
     me.begin("unregister", number, first, pages, engine as u64);
     let ended = world.engines[engine].engine.unregister(handle);
     if take(me, "unregister", ended) {
-        me.count("unregistered", 1);
+        me.count("regions unregistered", 1);
         parts.0[part] = None;
     }
     parts.0[part].is_none()

@@ -40,6 +40,7 @@ use arena::{Arena, Rules};
 use engines::{CALLS, IO, PLAIN, STILL, USER};
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 use support::os;
@@ -181,6 +182,36 @@ fn parts() -> Vec<Part> {
     ]
 }
 
+/// For whoever is told of a fault.
+static WORLD: OnceLock<&World> = OnceLock::new();
+
+fn tell_fault(addr: usize, at: usize) -> ! {
+    let world = WORLD.get().expect("set before");
+    let me = thread::current();
+    let mine = world.arenas.iter().position(|arena| {
+        let first = arena.at(0);
+        (first..first + arena.pages * os::page_size()).contains(&addr)
+    });
+    let page = mine.map_or(0, |number| {
+        (addr - world.arenas[number].at(0)) / os::page_size()
+    });
+    // Where the program is loaded, to find the place by.
+    let base = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let base = base.lines().next().unwrap_or_default().to_owned();
+    let story = format!(
+        "a fault at {addr:x} (code at {at:x}; {base}); process {} of {}; now {}",
+        std::process::id(),
+        os::status("PPid"),
+        os::describe(addr),
+    );
+    world.fail(
+        me.name().unwrap_or("?"),
+        mine.unwrap_or(usize::MAX),
+        page,
+        &story,
+    )
+}
+
 fn torture(wanted: &Wanted) {
     let seed = wanted.seed.unwrap_or_else(os::seed);
     let seconds = wanted.seconds.unwrap_or(SHORT);
@@ -201,6 +232,8 @@ fn torture(wanted: &Wanted) {
         arenas(),
         engines::all(),
     )));
+    WORLD.set(world).expect("one run in a process");
+    support::raw::tell_faults(tell_fault);
     thread::spawn(|| world.watch());
     let mut me = Me::new(world, "main", 0);
     engines::register_all(&mut me);
@@ -335,7 +368,7 @@ fn finish(me: &mut Me, wanted: &Wanted, shared: &[(usize, pagemerge_linux::Regio
     for (name, value) in &totals {
         println!("figure: {value:>14} {name}");
     }
-    let seconds = world.began.elapsed().as_secs().max(1);
+    let seconds = (world.ends - world.began).as_secs().max(1);
     let of = |name: &str| totals.get(name).copied().unwrap_or(0);
     println!(
         "figure: seed {}: {seconds} s, {} writes, {} MiB verified, {} merges ({} a second), {} forks and clones survived: nothing lost",
@@ -352,31 +385,28 @@ fn finish(me: &mut Me, wanted: &Wanted, shared: &[(usize, pagemerge_linux::Regio
 }
 
 /// # Panics
-/// When so little happened that nothing is proved.
+/// When so little happened that nothing is proved. The floors are far below what an idle machine does,
+/// since tests run beside other work.
 fn enough(of: &dyn Fn(&str) -> u64, seconds: u64) {
-    for (name, each_second) in [
-        ("writes", 100),
-        ("merges", 200),
-        ("merged pages that were written", 20),
-        ("windows", 50),
-    ] {
-        assert!(
-            of(name) >= each_second * seconds,
-            "too little happened: {} {name} in {seconds} s",
-            of(name)
-        );
-    }
-    for (name, floor) in [
-        ("forks survived", 1),
-        ("raw clones survived", 1),
-        ("discards", 1),
-        ("settings changed", 1),
+    for (name, in_ten_seconds) in [
+        ("writes", 1000),
+        ("merges", 500),
+        ("merged pages that were written", 100),
+        ("windows", 100),
+        ("forks survived", 4),
+        ("raw clones survived", 4),
+        ("discards", 2),
+        ("settings changed", 2),
         ("run modes set", 1),
+        ("regions registered", 1),
+        ("moves of memory", 1),
+        ("engines come and gone", 1),
     ] {
+        let floor = in_ten_seconds * (seconds / 10);
+        let seen = of(name);
         assert!(
-            of(name) >= floor * seconds / 5,
-            "too little happened: {} {name} in {seconds} s",
-            of(name)
+            seen >= floor,
+            "too little happened in {seconds} s, so nothing is proved: {name}: {seen}, not {floor}"
         );
     }
 }

@@ -235,8 +235,6 @@ pub(crate) fn movers(me: &mut Me) {
     let number = number.expect("an arena that moves");
     let arena = &me.world.arenas[number];
     let len = arena.pages * page_size();
-    let places = [arena.at(0), raw::map(arena.pages, 0)];
-    let mut here = 0;
     while !me.is_over() {
         me.rest(500);
         let mut parts = arena.parts.lock().expect("nobody panics with it");
@@ -272,24 +270,21 @@ pub(crate) fn movers(me: &mut Me) {
         }
         match how {
             0 | 1 => {
-                let there = 1 - here;
+                let there = raw::map_anywhere(len);
                 me.begin("mremap", number, 0, arena.pages, there as u64);
-                // What lay there goes with the move.
-                let done = move_to(places[here], len, places[there]);
+                // What lay there goes with the move; the place it left is anybody's.
+                let done = move_to(arena.at(0), len, there);
                 if let Err(error) = &done {
                     me.fail(number, 0, &format!("mremap of un-merged memory: {error}"));
                 }
                 me.count("mremap", 1);
-                // The place it left: reserved, with nothing in it.
-                raw::map_at(places[here], len);
-                here = there;
-                arena.moved_to(places[here]);
+                arena.moved_to(there);
                 claim.verify(me, "moved");
             }
             2 | 3 => {
                 me.begin("munmap", number, 0, arena.pages, 0);
-                call(libc::SYS_munmap, &[places[here], len]).expect("our own memory");
-                raw::map_at(places[here], len);
+                call(libc::SYS_munmap, &[arena.at(0), len]).expect("our own memory");
+                arena.moved_to(raw::map_anywhere(len));
                 me.count("munmap", 1);
                 zeroed = true;
             }
@@ -299,7 +294,7 @@ pub(crate) fn movers(me: &mut Me) {
                 for page in 0..arena.pages {
                     raw::word(arena.at(page)).store(7, std::sync::atomic::Ordering::Relaxed);
                 }
-                let done = os::advise(places[here], len, libc::MADV_DONTNEED);
+                let done = os::advise(arena.at(0), len, libc::MADV_DONTNEED);
                 tell(me, "MADV_DONTNEED", &done);
                 zeroed = true;
             }
