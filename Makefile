@@ -33,6 +33,18 @@ test: $(VENV)/.tested-with ## All tests: the Rust crates, then the Python packag
 	cargo test --release -p pagemerge-linux --features inject --test hostile -- known_key
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+# Also a name of the shell's own, which is why it is given to commands as a number.
+SECONDS := $(or $(SECONDS),60)
+TORTURE_ARGS = --seconds $(SECONDS) $(addprefix --seed ,$(SEED))
+
+.PHONY: torture
+torture: $(VENV)/.tested-with ## Everything at once, for SECONDS=60; SEED=n chooses as that run did; ONLY= and WITHOUT= actors
+	cargo test --release -p pagemerge-linux --test torture --no-run
+	$(PY) tests/torture_numpy.py $(TORTURE_ARGS) & numpy=$$!; trap "kill $$numpy 2>/dev/null || true" EXIT; \
+	  cargo test --release -p pagemerge-linux --test torture -- $(TORTURE_ARGS) \
+	    $(addprefix --only ,$(ONLY)) $(addprefix --without ,$(WITHOUT)); \
+	  wait $$numpy
+
 .PHONY: lint
 lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub against the built module
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || { \

@@ -432,7 +432,7 @@ pub(crate) fn forks(me: &mut Me, raw_ones: bool) {
     let mut living: Vec<(usize, Living)> = Vec::new();
     while !me.is_over() {
         // Now and then all of them die out, so that what forks kept from merging merges again.
-        let calm = me.world.began.elapsed().as_secs() % 8 >= 5;
+        let calm = me.world.began.elapsed().as_secs() % 8 >= 4;
         if !calm && living.len() <= LIVING {
             let slot = (0..=LIVING).find(|slot| living.iter().all(|(used, _)| used != slot));
             let slot = slot.expect("fewer live than there are slots");
@@ -440,9 +440,9 @@ pub(crate) fn forks(me: &mut Me, raw_ones: bool) {
             report
                 .iter()
                 .for_each(|word| word.store(0, Ordering::SeqCst));
-            let life = match me.random.below(10) {
+            let life = match me.random.below(20) {
                 0 => Duration::from_secs(3600),
-                1 | 2 => Duration::from_millis(me.random.below(3000) as u64),
+                1..=3 => Duration::from_millis(me.random.below(2000) as u64),
                 _ => Duration::from_millis(me.random.below(30) as u64),
             };
             let world = me.world;
