@@ -313,8 +313,6 @@ def test_settings_round_trip() -> None:
     for given in ({}, pagemerge.kernel_defaults()):
         with Engine(**given) as engine:
             everything = engine.settings.as_dict()
-            if everything["advisor_mode"] == "scan-time":
-                del everything["pages_to_scan"]
             with Engine(**everything) as again:
                 assert again.settings.as_dict() == engine.settings.as_dict()
 

@@ -5,10 +5,13 @@ Their kin in the engine are in ``rust/linux/tests/regressions.rs``.
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 from collections.abc import Callable
 
 import pytest
+
+import pagemerge
 
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -218,3 +221,22 @@ def test_unregistered_memory_registers_and_discards_as_before(program: Program) 
         assert other[:] == b"A" * (64 * P)
         """
     )
+
+
+def test_settings_in_use_make_another_engine() -> None:
+    """The settings of an engine whose advisor had worked made no second engine.
+
+    ``Engine(**engine.settings.as_dict())`` is what ``as_dict`` is for. After one scan it was a
+    ``ValueError``: the dictionary had what the advisor had made of ``pages_to_scan``, which nobody may
+    ask for; and the same after ``advisor_min_pages_to_scan`` had been changed twice. Found by
+    fuzzing the settings.
+    """
+    with pagemerge.Engine(advisor_min_pages_to_scan=700) as engine:
+        memory = mmap.mmap(-1, 8 * pagemerge.PAGE_SIZE, flags=mmap.MAP_PRIVATE)
+        memory.write(b"a" * len(memory))
+        engine.register(memory)
+        engine.scan()
+        engine.settings.advisor_min_pages_to_scan = 900
+        settings = engine.settings.as_dict()
+        with pagemerge.Engine(**settings) as again:
+            assert again.settings.as_dict() == settings

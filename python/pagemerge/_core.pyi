@@ -363,7 +363,10 @@ class Settings:
     threads: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of them, as keywords for :class:`Engine`."""
+        """Return all of them, as keywords for :class:`Engine`.
+
+        While the advisor sets ``pages_to_scan``, that is the number with which it begins.
+        """
 
 @final
 class Stats:

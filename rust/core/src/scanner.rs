@@ -214,7 +214,7 @@ impl Scanner {
         settings.validate()?;
         let mut settings = settings;
         if settings.advisor_mode == AdvisorMode::ScanTime {
-            let start = advisor_start(&settings);
+            let start = settings.advisor_start();
             let untouched = [
                 start,
                 KERNEL_PAGES_TO_SCAN,
@@ -314,7 +314,7 @@ impl Scanner {
         match (old.advisor_mode, new.advisor_mode) {
             (AdvisorMode::None, AdvisorMode::ScanTime) => {
                 self.advisor = Advisor::default();
-                new.pages_to_scan = advisor_start(new);
+                new.pages_to_scan = new.advisor_start();
                 self.pages_to_scan = new.pages_to_scan;
             }
             (AdvisorMode::ScanTime, AdvisorMode::None) => {
@@ -522,10 +522,6 @@ impl Scanner {
         self.page_size = space.page_size();
         self.sweep_all(space)
     }
-}
-
-fn advisor_start(settings: &Settings) -> u32 {
-    u32::try_from(settings.advisor_min_pages_to_scan).unwrap_or(u32::MAX)
 }
 
 fn left_to_the_advisor(pages: u32) -> SettingError {

@@ -157,6 +157,28 @@ impl Settings {
         Ok(())
     }
 
+    /// These settings as a new scanner takes them: while the advisor decides `pages_to_scan`, that is where
+    /// it starts, not what it has made of it.
+    ///
+    /// ```
+    /// use pagemerge_core::{Scanner, Settings};
+    /// let in_use = Settings { pages_to_scan: 30_000, ..Settings::default() };
+    /// assert!(Scanner::new(in_use.clone()).is_err());
+    /// assert!(Scanner::new(in_use.for_a_new_scanner()).is_ok());
+    /// ```
+    #[must_use]
+    pub fn for_a_new_scanner(mut self) -> Self {
+        if self.advisor_mode == AdvisorMode::ScanTime {
+            self.pages_to_scan = self.advisor_start();
+        }
+        self
+    }
+
+    /// `pages_to_scan` when the advisor begins.
+    pub(crate) fn advisor_start(&self) -> u32 {
+        u32::try_from(self.advisor_min_pages_to_scan).unwrap_or(u32::MAX)
+    }
+
     /// Whether an unchanged page keeps its place in the unstable tree from one pass to the next.
     pub(crate) fn keeps_unstable(&self) -> bool {
         self.write_tracking && self.tree_order == TreeOrder::Digest

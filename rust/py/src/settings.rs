@@ -253,12 +253,13 @@ macro_rules! table {
             )*
 
             fn as_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-                as_dict(py, &self.read(py)?)
+                let mut settings = self.read(py)?;
+                settings.scan = settings.scan.for_a_new_scanner();
+                as_dict(py, &settings)
             }
 
             fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-                let items = self
-                    .as_dict(py)?
+                let items = as_dict(py, &self.read(py)?)?
                     .iter()
                     .map(|(name, value)| Ok(format!("{name}={}", value.str()?)))
                     .collect::<PyResult<Vec<String>>>()?;
