@@ -61,6 +61,11 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 sim: ## The seeded simulator alone; PAGEMERGE_SIM_SEED=n replays one seed
 	cargo test --release -p pagemerge-sim -- --nocapture
 
+.PHONY: soak
+soak: $(VENV)/.tested-with ## Everything around a program that could disturb merging, SECONDS=n for each
+	PAGEMERGE_STRESS_SECONDS=$(or $(SECONDS),600) cargo test --release -p pagemerge-linux --test surroundings
+	PAGEMERGE_STRESS_SECONDS=$(or $(SECONDS),600) $(PY) -m pytest tests/test_allocators.py
+
 .PHONY: faults
 faults: ## Faults at every call and panics in every phase, all of them, and the table of sites (15 minutes)
 	PAGEMERGE_FAULTS=all PAGEMERGE_STRESS_SECONDS=$${PAGEMERGE_STRESS_SECONDS:-60} \
