@@ -725,11 +725,10 @@ fn pass_over_sparse_pages_costs_by_those_that_are_there() {
         // New pages, merging, at rest, and written again.
         for scan in 0..6 {
             if scan == 4 {
-                (0..10).for_each(|n| {
-                    world
-                        .toy
-                        .write(first.plus(n * 1000), bytes(100 + u64::from(n)))
-                });
+                for n in 0..10 {
+                    let content = bytes(100 + u64::from(n));
+                    world.toy.write(first.plus(n * 1000), content);
+                }
             }
             let before = world.toy.observed;
             world.scan();

@@ -34,9 +34,11 @@ extern "C" fn run(start: *mut c_void) -> *mut c_void {
     // SAFETY: made by `Box::into_raw` in `Thread::spawn`, and given to this thread alone.
     let start = unsafe { Box::from_raw(start.cast::<Start>()) };
     let Start { name, body } = *start;
+    // SAFETY: asks for nothing.
+    let own = unsafe { libc::pthread_self() };
     // SAFETY: a thread that is alive, and text that ends. A name that is too long is refused, and the
     // thread keeps its parent's.
-    let _ = unsafe { libc::pthread_setname_np(libc::pthread_self(), name.as_ptr()) };
+    let _ = unsafe { libc::pthread_setname_np(own, name.as_ptr()) };
     // The panic has been printed already.
     let _ = catch_unwind(AssertUnwindSafe(body));
     ptr::null_mut()

@@ -154,8 +154,10 @@ pub(crate) fn tell_faults(tell: OnFault) {
 }
 
 extern "C" fn fault(_signal: i32, info: *const libc::siginfo_t, context: *const libc::ucontext_t) {
-    // SAFETY: the kernel gives a handler both, for as long as it runs.
-    let (info, context) = unsafe { (&*info, &*context) };
+    // SAFETY: the kernel gives it to a handler for as long as that runs.
+    let info = unsafe { &*info };
+    // SAFETY: this, too.
+    let context = unsafe { &*context };
     // SAFETY: a fault's information has an address.
     let addr = unsafe { info.si_addr() }.addr();
     #[cfg(target_arch = "x86_64")]
