@@ -207,13 +207,20 @@ impl EngineState {
     }
 
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.due
+        if self.scanner.run() == RunMode::Merge {
+            return self.due;
+        }
+        self.space.watches_last_until()
     }
 
     /// One slice of background work.
     pub(crate) fn background_slice(&mut self) {
         if self.scanner.run() != RunMode::Merge {
             self.due = None;
+            let over = self.space.watches_last_until();
+            if over.is_some_and(|over| over <= Instant::now()) {
+                self.space.end_watches_at_rest();
+            }
             return;
         }
         if !self.has_room_for_records() {

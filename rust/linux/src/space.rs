@@ -673,6 +673,13 @@ impl LinuxSpace {
         }
     }
 
+    /// When the watches of an engine at rest are to end. (Pages that cannot be moved back wait under
+    /// them for a scan.)
+    pub(crate) fn watches_last_until(&self) -> Option<Instant> {
+        let watches = self.watches.as_ref().filter(|_| self.moves)?;
+        watches.last_until(self.quiet)
+    }
+
     /// The watches, and their thread, are made when the first page needs one.
     fn watches(&mut self) -> Result<&mut Watches, Reason> {
         if self.watches.as_ref().is_some_and(Watches::is_over) {

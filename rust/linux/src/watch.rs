@@ -102,6 +102,8 @@ pub(crate) struct Watches {
     pages: HashMap<usize, Watched>,
     /// Pages whose watch was given up, and until when they rest.
     resting: HashMap<usize, Instant>,
+    /// When the last watch began.
+    begun: Option<Instant>,
     page: usize,
 }
 
@@ -122,6 +124,7 @@ impl Watches {
             pagemap,
             pages: HashMap::new(),
             resting: HashMap::new(),
+            begun: None,
             page,
         })
     }
@@ -137,6 +140,7 @@ impl Watches {
             self.end(run);
             return Err(RegisterStop::Invalid);
         }
+        self.begun = Some(now);
         for page in pages(run.span(), self.page) {
             self.pages.insert(
                 page,
@@ -199,6 +203,21 @@ impl Watches {
     /// Whether any page of `span` is watched.
     pub(crate) fn any_in(&self, span: Span) -> bool {
         !self.pages.is_empty() && pages(span, self.page).any(|page| self.pages.contains_key(&page))
+    }
+
+    /// When all watches have lasted long enough, should no scan come by any more.
+    pub(crate) fn last_until(&self, quiet: Duration) -> Option<Instant> {
+        let begun = self.begun.filter(|_| !self.pages.is_empty())?;
+        begun.checked_add(quiet * (1 + OFFER))
+    }
+
+    /// All watched pages, as runs of neighbours.
+    pub(crate) fn runs(&self) -> Vec<Span> {
+        let mut all: Vec<usize> = self.pages.keys().copied().collect();
+        all.sort_unstable();
+        all.chunk_by(|&one, &next| one + self.page == next)
+            .map(|run| Span::new(run[0], run.len() * self.page))
+            .collect()
     }
 
     /// Ends the watch of a page that is to rest.

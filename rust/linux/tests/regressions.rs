@@ -729,6 +729,58 @@ fn quiet_page_is_anonymous_again() {
     }
 }
 
+/// A watch ended only when a scan came by. In an engine that was at rest (`run = 0`, or no synchronous
+/// scan any more) a debugger's writes to a watched page were refused for ever.
+fn debugger_is_not_refused_for_ever_while_the_engine_is_at_rest() {
+    use std::os::unix::fs::FileExt;
+    let memory = Memory::new(64);
+    fill(&memory, CONTENTS);
+    let engine = engine_with(|s| s.quiet_millisecs = 100);
+    let region = register(&engine, &memory);
+    merge(&engine);
+    assert_eq!(merged_pages(&memory), 64);
+    for page in [5, 40, 41] {
+        memory.fill(page, 100);
+    }
+    scan(&engine); // the watch begins
+    let debugger = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/self/mem")
+        .expect("our own memory");
+    let begun = Instant::now();
+    let mut refused = 0;
+    while debugger
+        .write_all_at(&[7; 8], memory.at(40) as u64 + 8)
+        .is_err()
+    {
+        refused += 1;
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "refused for ever"
+        );
+        thread::sleep(Duration::from_millis(1));
+    }
+    println!("figure: refused {refused} times in {:?}", begun.elapsed());
+    let word = memory.word(40, 1).load(std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(word, 0x0707_0707_0707_0707);
+    // What was quiet is ordinary memory now, without another scan.
+    let ordinary = |page| !in_frames(&os::mappings(memory.at(page), page_size()).remove(0));
+    while !ordinary(5) || !ordinary(41) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "never put back");
+        thread::sleep(Duration::from_millis(1));
+    }
+    memory.fill(40, 100);
+    engine.unregister(region).expect("un-merged");
+    for page in 0..64 {
+        let right = if [5, 40, 41].contains(&page) {
+            100
+        } else {
+            content(page, CONTENTS)
+        };
+        memory.assert_shows(page, right, "un-merged");
+    }
+}
+
 /// Writers that come just when pages have become quiet: each write must be seen ever after, on
 /// whatever page it lands. (The window that moves a quiet page back holds writers off; one that got in
 /// between the copy and the move would be lost.)
@@ -1016,6 +1068,8 @@ fn main() -> ExitCode {
         case!(writer_of_a_watched_page_that_is_discarded_goes_on),
         case!(open_io_uring_keeps_written_pages_where_they_are).needs(Need::IoUring),
         case!(quiet_page_is_anonymous_again),
+        case!(debugger_is_not_refused_for_ever_while_the_engine_is_at_rest)
+            .needs(Need::FullBarrier),
         case!(writers_that_meet_pages_becoming_quiet_lose_nothing),
         case!(user_barrier_lets_system_calls_write_to_broken_pages),
         case!(quiet_page_keeps_the_permissions_that_its_owner_gave_it),

@@ -13,6 +13,7 @@ use crate::sys::live::Live;
 use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::QueryStop;
 use crate::sys::uffd::Modes;
+use crate::watch::Watches;
 use crate::window::MAX_PAGES;
 use pagemerge_core::{Attempt, FrameId, PageId, PageState, Reason, RegionId, Request, Written};
 use std::time::Instant;
@@ -269,6 +270,38 @@ impl LinuxSpace {
                 }
             }
             at += quiet.max(1);
+        }
+    }
+
+    /// No scan comes by: pages that have been quiet go back into anonymous memory now, and no watch
+    /// stays. (A debugger's write to a watched page is refused, not delayed; it must get through some
+    /// time.)
+    pub(crate) fn end_watches_at_rest(&mut self) {
+        let runs = self.watches.as_ref().map_or_else(Vec::new, Watches::runs);
+        self.surveyed_in_pass = false;
+        let pinned = eligible::has_pinned_pages();
+        for run in runs {
+            let regions = self.regions.values().filter_map(|region| {
+                let span = region.live.span().intersection(run)?;
+                let at = span.start - region.live.span().start;
+                let first = u32::try_from(at / self.page).ok()?;
+                Some((region.live.part(at, span.len), region.first.plus(first)))
+            });
+            for (live, first) in regions.collect::<Vec<_>>() {
+                for from in (0..live.span().pages()).step_by(MAX_PAGES) {
+                    let pages = (live.span().pages() - from).min(MAX_PAGES);
+                    let part = live.part(from * self.page, pages * self.page);
+                    let offset = u32::try_from(from).expect("a region's pages fit 32 bits");
+                    if pinned {
+                        if let Some(watches) = &mut self.watches {
+                            watches.end(part);
+                        }
+                    } else {
+                        let mut states = vec![PageState::Resident(Written::No); pages];
+                        self.restore_found_quiet(part, first.plus(offset), &mut states);
+                    }
+                }
+            }
         }
     }
 
