@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use support::engines::{
     assert_filled, content, engine, fill, in_frames, merge, merged, merged_pages, reasons,
-    register, scan, settings, skipped,
+    register, scan, settings, skipped, try_register,
 };
 use support::os::{self, Memory, Random, page_size};
 use support::ring::Ring;
@@ -341,6 +341,48 @@ fn discarding_after_unregister_reads_zero_while_others_share() {
         engine.unregister(others).expect("un-merged");
         whole("the other sharers, un-merged");
     }
+}
+
+/// Pages that leave one frame may be of several regions, whose memory may be neighbours while their
+/// pages have other numbers. A run of them was booked as if it were of one region: of pages that still
+/// showed a frame it was written down that they do not, the next look parted them, their frames were
+/// punched, and they read zero (a page in each hour or so of a stress with many regions).
+fn frames_shared_by_neighbouring_regions_come_apart_page_by_page() {
+    const PART: usize = 16;
+    /// Shown by the last page of one region, the first page of the next, and a page of a third.
+    const THEIRS: [usize; 3] = [PART - 1, PART, 2 * PART + 3];
+    let engine = engine(Remerge::Never);
+    let memory = Memory::new(6 * PART);
+    let content = |page: usize| match page {
+        page if THEIRS.contains(&page) => 9,
+        page => 1 + (page % 4) as u64,
+    };
+    (0..6 * PART).for_each(|page| memory.fill(page, content(page)));
+    // So that the page number behind the first region's last is not that of its neighbour.
+    let mut regions = [None; 6];
+    for part in [0, 5, 1, 2, 3, 4] {
+        let (addr, len) = (memory.at(part * PART), PART * page_size());
+        let region = try_register(&engine, addr, len, "").expect("plain memory is registered");
+        regions[part] = Some(region);
+    }
+    merge(&engine);
+    assert_eq!(merged_pages(&memory), 6 * PART);
+    // Its frame lies under a written page of a region that ends: the other two leave it, as one run.
+    memory.fill(THEIRS[2], 50);
+    let ending = regions[2].take().expect("registered");
+    engine.unregister(ending).expect("un-merged");
+    let right = |page: usize| if page == THEIRS[2] { 50 } else { content(page) };
+    let whole =
+        |when: &str| (0..6 * PART).for_each(|page| memory.assert_shows(page, right(page), when));
+    for _ in 0..3 {
+        scan(&engine);
+        whole("after a pass");
+    }
+    for region in regions.into_iter().flatten() {
+        engine.unregister(region).expect("un-merged");
+    }
+    scan(&engine); // what is dead is punched
+    whole("un-merged");
 }
 
 // ------------------------------------------------------------------------------- raw forks
@@ -1060,6 +1102,7 @@ fn main() -> ExitCode {
         case!(no_userfaultfd_stays_after_background_merging),
         case!(unmerged_memory_is_anonymous_again_and_merges_at_once),
         case!(discarding_after_unregister_reads_zero_while_others_share),
+        case!(frames_shared_by_neighbouring_regions_come_apart_page_by_page),
         case!(child_of_a_raw_fork_has_a_merging_thread_of_its_own).seconds(60),
         case!(lagging_regions_do_not_shadow_new_ones),
         case!(program_that_uses_up_all_mappings_does_not_stop_merging),

@@ -22,6 +22,7 @@ use std::time::Instant;
 struct Parting {
     live: Live,
     page: PageId,
+    region: RegionId,
     frame: Option<FrameId>,
     request: usize,
 }
@@ -57,15 +58,17 @@ impl LinuxSpace {
         let mut pages: Vec<Parting> = Vec::new();
         for (at, request) in requests.iter().enumerate() {
             if let Request::Unshare { page, frame } = *request {
-                match self.live(page) {
-                    Some(live) => pages.push(Parting {
-                        live,
-                        page,
-                        frame,
-                        request: at,
-                    }),
-                    None => outcomes[at] = Attempt::Gone,
-                }
+                let Some((region, place)) = self.region_of(page) else {
+                    outcomes[at] = Attempt::Gone;
+                    continue;
+                };
+                pages.push(Parting {
+                    live: region.live.part(place * self.page, self.page),
+                    page,
+                    region: region.id,
+                    frame,
+                    request: at,
+                });
             }
         }
         if pages.is_empty() {
@@ -86,7 +89,9 @@ impl LinuxSpace {
             let run = rest
                 .windows(2)
                 .position(|two| {
-                    two[0].live.span().end() != two[1].live.span().start
+                    // Memory of two regions may be neighbours, whose pages have other numbers.
+                    two[0].region != two[1].region
+                        || two[0].live.span().end() != two[1].live.span().start
                         || two[0].frame.is_some() != two[1].frame.is_some()
                 })
                 .map_or(rest.len(), |at| at + 1)
