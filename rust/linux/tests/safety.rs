@@ -78,7 +78,8 @@ fn inventory_of(text: &str) -> BTreeMap<String, usize> {
                 .peek()
                 .is_some_and(|line| line.trim_start().starts_with("#["))
             {
-                lines.next();
+                // An attribute may have several lines.
+                lines.by_ref().find(|line| line.trim_end().ends_with(']'));
             }
             let item = lines.peek().copied().unwrap_or_default();
             let is_module = item.trim_start().starts_with("mod ") || item.contains(" mod ");
@@ -249,7 +250,9 @@ impl X {
 }
 
 #[cfg(test)]
-#[allow(unsafe_code)]
+#[allow(
+    unsafe_code,
+)]
 mod tests {
     fn inner() {
         unsafe { five() }
