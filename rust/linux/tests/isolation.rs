@@ -71,10 +71,10 @@ fn file_has(file: &File, len: u64, word: u64) -> bool {
     let mut page = vec![0; page_size()];
     let mut at = 0;
     let fd = usize::try_from(file.as_raw_fd()).expect("an open file has a number");
-    let data = usize::try_from(libc::SEEK_DATA).expect("it is 3");
+    let seek_data = usize::try_from(libc::SEEK_DATA).expect("it is 3");
     loop {
         // Where there is no data any more the call says ENXIO.
-        let next = os::call(libc::SYS_lseek, &[fd, at, data]);
+        let next = os::call(libc::SYS_lseek, &[fd, at, seek_data]);
         let Ok(data) = next else { return false };
         if data as u64 >= len {
             return false;
