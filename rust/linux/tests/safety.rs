@@ -207,10 +207,10 @@ fn every_test_that_the_document_names_exists() {
                 .iter()
                 .map(|part| fs::read_to_string(part).expect("a source file"))
                 .collect();
-            let texts = places
+            let alone = places
                 .iter()
                 .map(|place| fs::read_to_string(root.join(place)).unwrap_or_default());
-            let exists = texts.chain([whole]).any(|text| {
+            let exists = alone.chain([whole]).any(|text| {
                 let is_rust = text.contains(&format!("fn {name}()"));
                 // A test with a harness of its own has to be in its list, too.
                 let listed = !text.contains("support::run(vec![")
