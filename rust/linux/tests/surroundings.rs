@@ -251,16 +251,21 @@ fn works_while_swapped() {
 // ------------------------------------------------------------------- other barriers
 
 /// Goal: with the barrier `user`, which holds only the program's own code, its writers lose nothing.
+/// (What was written after merging is not merged again there, so memory is fresh each time.)
 fn user_barrier_holds_the_programs_own_writers() {
     let plan = Plan {
         barrier: Some(Barrier::User),
         system_calls: false,
         ..Plan::default()
     };
-    disturbed(&plan, 2000, |_| {
-        std::thread::sleep(Duration::from_millis(10));
-        true
-    });
+    let (begun, mut all) = (Instant::now(), Tally::default());
+    while begun.elapsed() < time() || all.merges < 2000 {
+        let busy = Busy::start(&plan);
+        busy.goes_on(200, "merging under the barrier of user mode");
+        std::thread::sleep(Duration::from_millis(50));
+        all.add(&busy.finish());
+    }
+    all.tell();
 }
 
 /// Goal: without any barrier nothing is lost as long as nobody writes during the calls.
