@@ -1,21 +1,21 @@
 """Other allocators under Python: memory that was merged, freed and handed out again.
 
-jemalloc, mimalloc and tcmalloc take memory back in their own ways (they keep it, discard it by
-`MADV_DONTNEED` or `MADV_FREE`, or map over it), and what they know to be zero they hand out unwritten
-as `calloc`'s result. A frame that lay there still would be somebody else's bytes.
+jemalloc, mimalloc and tcmalloc take memory back in their own ways (they keep it, discard it
+by `MADV_DONTNEED` or `MADV_FREE`, or map over it), and what they know to be zero they hand out
+unwritten as `calloc`'s result. A frame that lay there still would be somebody else's bytes.
 """
 
 from __future__ import annotations
 
-import glob
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-PLACES = ["/usr/lib/*", "/usr/lib", "/usr/local/lib", "/usr/lib64"]
+PLACES = ["/usr/lib", "/usr/local/lib", "/usr/lib64"]
 SECONDS = float(os.environ.get("PAGEMERGE_STRESS_SECONDS", "2"))
 
 PROGRAM = """
@@ -97,9 +97,10 @@ sys.exit(bool(wrong) or merged < 100)
 
 def library(name: str) -> str:
     for place in PLACES:
-        found = sorted(glob.glob(f"{place}/{name}.so*"))
+        folder = Path(place)
+        found = sorted([*folder.glob(f"{name}.so*"), *folder.glob(f"*/{name}.so*")])
         if found:
-            return found[0]
+            return str(found[0])
     pytest.skip(f"{name} is not installed")
 
 

@@ -150,7 +150,7 @@ def worker() -> Iterator[Worker]:
 
 
 def test_killed_in_the_middle_of_windows_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Others see what the victim wrote to files; nothing of its frames is left; parents are well."""
+    """Others see what the victim wrote to files, and nothing of it is left."""
     shared = tmp_path / "shared"
     shared.write_bytes(bytes(8 * 512))
     text = (
@@ -175,7 +175,7 @@ while True:
         words = struct.unpack("512q", shared.read_bytes())
         assert words[0] > 0
         assert all(word - words[0] in (0, 1) for word in words[1:])
-    assert os.listdir(tmp_path) == ["shared"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
 def test_child_killed_in_its_own_windows_and_parent_goes_on(program: Program) -> None:
@@ -232,8 +232,7 @@ WAYS_TO_END = {
     "cpu_limit": "import resource;"
     " resource.setrlimit(resource.RLIMIT_CPU, (0, 0)); [0 for _ in iter(int, 1)]",
     "fatal_error": "import ctypes; ctypes.pythonapi.Py_FatalError(b'on purpose')",
-    "stack_overflow": "sys.setrecursionlimit(10**9);"
-    " f = lambda *a: sorted([1, 2], key=f); f()",
+    "stack_overflow": "sys.setrecursionlimit(10**9); f = lambda *a: sorted([1, 2], key=f); f()",
     "exec": "os.execv('/bin/sh', ['sh', '-c', 'echo replaced; exit 8'])",
 }
 
@@ -503,8 +502,8 @@ print(open({str(tmp_path / "told")!r}).read())
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_pools_of_workers(method: str, program: Program, tmp_path: Path) -> None:
-    """Arrays that are merged go to workers, by inheritance or by value, and workers merge theirs."""
+def test_pools_of_workers(method: str, tmp_path: Path) -> None:
+    """Arrays that are merged go to workers, inherited or by value, and workers merge theirs."""
     file = tmp_path / "pool.py"
     file.write_text(
         textwrap.dedent(

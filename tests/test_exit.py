@@ -290,7 +290,7 @@ for turn in range(8):
 
 
 def test_exceptions_from_signal_handlers_in_every_call(program: Program) -> None:
-    """Whatever a handler raises comes out of the call it meets, and neither bytes nor the engine."""
+    """What a handler raises comes out of the call that it meets; bytes and engine are well."""
     done = program(
         """
 import random, signal, numpy as np, pagemerge
