@@ -367,14 +367,26 @@ impl LinuxSpace {
     /// Refuses, by name, memory that cannot be merged.
     pub(crate) fn check_mergeable(&mut self, span: Span) -> Result<Eligible, Error> {
         let now = Instant::now();
+        let unread = |e| Error::os("cannot read the list of mappings (/proc/self/smaps)", e);
         let (list, read) = self
             .survey
             .for_registering(span, &self.maps)
-            .map_err(|e| Error::os("cannot read the list of mappings (/proc/self/smaps)", e))?;
-        Ok(Eligible {
-            read: (read >= now).then_some(read),
-            ..eligible::check(span, &list)?
-        })
+            .map_err(unread)?;
+        match eligible::check(span, &list) {
+            // An old list may still show what is over: our own registration of this very memory.
+            Err(_) if read < now => {
+                let (list, read) = self.survey.newer_than(now).map_err(unread)?;
+                let found = eligible::check(span, &list)?;
+                Ok(Eligible {
+                    read: Some(read),
+                    ..found
+                })
+            }
+            found => Ok(Eligible {
+                read: (read >= now).then_some(read),
+                ..found?
+            }),
+        }
     }
 
     pub(crate) fn add_region(
