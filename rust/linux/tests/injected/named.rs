@@ -538,8 +538,7 @@ pub(super) fn starts_in_the_end() {
 pub(super) fn starting_can_fail_and_be_tried_again() {
     let mut tried = 0;
     for answers in ANSWERS.iter().filter(|answers| {
-        PROCESS_ONLY.contains(&answers.call)
-            && !["SpawnHashing", "UffdEnd", "HelperDup"].contains(&answers.call)
+        PROCESS_ONLY.contains(&answers.call) && !["SpawnHashing", "UffdEnd"].contains(&answers.call)
     }) {
         let errnos = answers.errnos.iter().filter(|errno| **errno != libc::EINTR);
         for errno in errnos.chain([&0]) {

@@ -94,8 +94,9 @@ pub(super) fn plans_for(site: Site, passes: u64) -> Vec<Plan> {
     let mut plans = Vec::new();
     for errno in answers.errnos {
         plans.extend(uses.iter().map(|(skip, times)| {
-            // A call that is interrupted for ever is never made.
-            let times = if *errno == libc::EINTR {
+            // A call that is interrupted for ever is never made; and where the last way out is shut,
+            // whoever waits waits for as long as it is.
+            let times = if *errno == libc::EINTR || call == "HelperDup" {
                 (*times).min(5)
             } else {
                 *times
@@ -452,8 +453,6 @@ pub(super) const PROCESS_ONLY: &[&str] = &[
     // Ends what an engine could go on with: see
     // [`crate::named::window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back`].
     "UffdEnd",
-    // The same of the helper.
-    "HelperDup",
 ];
 
 /// Goal: no single fault at any site loses a byte, hangs, leaks, or is kept silent.
