@@ -416,6 +416,8 @@ impl OpenWindow<'_> {
             }
             Hold::Moved { uffd, tracked } => {
                 for at in 0..self.runs.len() {
+                    // Should anything panic in between, it counts as open.
+                    self.runs[at].open = true;
                     self.runs[at].open = self.open(uffd, tracked, self.runs[at]);
                     if self.runs[at].open {
                         self.move_out(uffd, self.runs[at]);

@@ -28,7 +28,7 @@ impl LinuxSpace {
                 Ok(got) => got,
                 // The owner's remap has ended the tracking of a part: nothing is told of it here,
                 // and the other scan does not call it tracked.
-                Err(ScanStop::NotTracked) => return Ok(()),
+                Err(ScanStop::NotTracked) if query.must_be_tracked => return Ok(()),
                 Err(stop) => {
                     return Err(Error::os(
                         format!("cannot look at {} pages (PAGEMAP_SCAN)", rest.pages()),
