@@ -20,6 +20,7 @@
 //!   of a table that the child does not have.
 
 use crate::error::Error;
+use crate::handoff;
 use crate::sys;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,11 +33,9 @@ static FORKS: AtomicU64 = AtomicU64::new(0);
 /// parent's.
 static EPOCH: AtomicU64 = AtomicU64::new(0);
 
-/// A lock without an owning thread, so that the one that returns from `fork()` in the child may open it.
-/// It holds the number of the process that closed it, or 0. Held for a window (about 100 us) or a
-/// fork.
-#[derive(Debug, Default)]
-pub(crate) struct Gate(AtomicU32);
+/// A gate of this process.
+#[derive(Debug)]
+pub(crate) struct Gate(handoff::Gate);
 
 /// Looks at a closed gate before the waiting thread sleeps between looks.
 const LOOKS: u32 = 64;
@@ -45,40 +44,32 @@ const SLEEP: Duration = Duration::from_micros(50);
 
 impl Gate {
     pub(crate) const fn new() -> Self {
-        Self(AtomicU32::new(0))
+        Self(handoff::Gate::of(AtomicU32::new(0)))
     }
 
     /// Waits until the gate is open, and closes it. Allocates nothing and takes no lock.
     pub(crate) fn close(&self) {
-        let me = std::process::id();
-        let mut looks = 0;
-        loop {
-            let Err(holder) = self
-                .0
-                .compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed)
-            else {
-                return;
-            };
-            // In the child of a raw fork, what its parent held at that moment is held by nobody.
-            if holder != me
-                && self
-                    .0
-                    .compare_exchange(holder, me, Ordering::Acquire, Ordering::Relaxed)
-                    .is_ok()
-            {
-                return;
-            }
-            looks += 1;
+        self.0.close(std::process::id(), |looks| {
             if looks < LOOKS {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(SLEEP);
             }
-        }
+        });
     }
 
     pub(crate) fn open(&self) {
-        self.0.store(0, Ordering::Release);
+        self.0.open();
+    }
+}
+
+impl handoff::Shuts for Gate {
+    fn close(&self) {
+        self.close();
+    }
+
+    fn open(&self) {
+        self.open();
     }
 }
 

@@ -13,6 +13,7 @@
 //! * `frames`: where frames lie in their memfds, and when a place may be punched.
 //! * `watch`: write-protection of pages that were written after merging, and the helper thread.
 //! * `fork`: what a fork ends.
+//! * `handoff`: how threads wait for each other, apart from what they do.
 //! * `sys`: every system call, and all `unsafe` but the promise in [`Engine::register`].
 
 pub mod accounting;
@@ -28,6 +29,7 @@ mod frames;
 #[cfg(feature = "fuzz")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod handoff;
 mod hash;
 mod mappings;
 mod probe;
@@ -35,6 +37,7 @@ mod restore;
 mod settings;
 mod space;
 mod survey;
+mod sync;
 mod sys;
 mod watch;
 mod window;

@@ -26,6 +26,7 @@
 //! write. A run adds up to two mappings.
 
 use crate::fork::Gate;
+use crate::handoff::{Helping, Shut};
 use crate::sys::Span;
 use crate::sys::bare::Thread;
 use crate::sys::live::Live;
@@ -37,20 +38,18 @@ use crate::sys::uffd::{
 };
 use std::collections::HashMap;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// What both threads see.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Common {
     /// Held by the window while it is open, by the helper while it lifts a protection.
     in_window: Gate,
-    stop: AtomicBool,
-    /// The helper has had to end all watches, and itself.
-    over: AtomicBool,
+    /// Over when the helper has had to end all watches, and itself.
+    helping: Helping,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -111,7 +110,10 @@ impl Watches {
     /// `uffd` delivers write-protection faults synchronously.
     pub(crate) fn new(uffd: Userfaultfd, pagemap: Rc<Pagemap>, page: usize) -> io::Result<Self> {
         let waker = Waker::new()?;
-        let common = Arc::new(Common::default());
+        let common = Arc::new(Common {
+            in_window: Gate::new(),
+            helping: Helping::of(AtomicBool::new(false), AtomicBool::new(false)),
+        });
         let shared = Arc::clone(&common);
         let helper = spawn_helper("pagemerge-help", &uffd, &waker, move |uffd, waker| {
             help(uffd, waker, &shared, page);
@@ -193,7 +195,7 @@ impl Watches {
 
     /// The helper has had to end all watches. New ones need another userfaultfd.
     pub(crate) fn is_over(&self) -> bool {
-        self.common.over.load(Ordering::Acquire)
+        self.common.helping.is_over()
     }
 
     pub(crate) fn is_watched(&self, page: usize) -> bool {
@@ -289,8 +291,7 @@ impl Watches {
 
 impl Drop for Watches {
     fn drop(&mut self) {
-        self.common.stop.store(true, Ordering::Release);
-        self.waker.wake();
+        self.common.helping.end(|| self.waker.wake());
         if let Some(helper) = self.helper.take() {
             // It ends within a system call; a panic of its own has been printed already.
             helper.join();
@@ -303,16 +304,12 @@ fn pages(span: Span, page: usize) -> impl Iterator<Item = usize> {
     (span.start..span.end()).step_by(page)
 }
 
-/// The helper thread's life: no allocation, no lock, no log (invariant Q1). A panic in it, which is a
-/// bug of this library, must not leave writers waiting: they would wait for ever, and the merging
-/// thread for the gate. So it is caught, and what was under way is done again.
+/// The helper thread's life: no allocation, no lock, no log (invariant Q1).
 fn help(uffd: &UffdHelper, waker: &WakerHelper, common: &Common, page: usize) {
     let mut inbox = Inbox::default();
-    while !common.stop.load(Ordering::Acquire) && !common.over.load(Ordering::Acquire) {
-        let work = AssertUnwindSafe(|| help_on(uffd, waker, common, page, &mut inbox));
-        // The panic has been printed already.
-        let _ = catch_unwind(work);
-    }
+    common
+        .helping
+        .help(|| help_on(uffd, waker, common, page, &mut inbox));
 }
 
 /// Events that have been read, and how many of them are settled.
@@ -341,22 +338,6 @@ impl Inbox {
         self.events.fill(RawEvent::EMPTY);
         (self.settled, self.got) = (0, self.events.len());
         self.got = uffd.events(&mut self.events).unwrap_or(0);
-    }
-}
-
-/// The gate of windows over watched pages, while the helper holds it.
-struct Shut<'a>(&'a Gate);
-
-impl<'a> Shut<'a> {
-    fn new(gate: &'a Gate) -> Self {
-        gate.close();
-        Self(gate)
-    }
-}
-
-impl Drop for Shut<'_> {
-    fn drop(&mut self) {
-        self.0.open();
     }
 }
 
@@ -402,7 +383,7 @@ fn help_on(
                 while uffd.end(waker).is_err() {
                     std::thread::sleep(LOOKING);
                 }
-                common.over.store(true, Ordering::Release);
+                common.helping.give_up();
                 return;
             }
         }

@@ -25,6 +25,7 @@ use crate::ballast::{self, Ballast};
 use crate::engine::EngineState;
 use crate::error::Error;
 use crate::fork::{self, Gate};
+use crate::handoff::{self, Next, Serves};
 use crate::sys;
 use crate::sys::leaked::Leaked;
 use crate::sys::phase::{Phase, enter};
@@ -127,8 +128,30 @@ impl Stage {
         }
     }
 
+    fn serve(&mut self, jobs: &Receiver<Job>) {
+        let mut ballast = Ballast::default();
+        handoff::serve(self, |due| {
+            ballast.take();
+            let job = match due {
+                None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some((at, _)) => jobs.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
+            ballast.spend();
+            match job {
+                Ok(job) => Next::Job(job),
+                Err(RecvTimeoutError::Timeout) => Next::Due,
+                // The sender is leaked in a static, so this does not happen.
+                Err(RecvTimeoutError::Disconnected) => Next::Gone,
+            }
+        });
+    }
+}
+
+impl Serves for Stage {
+    type Due = (Instant, u64);
+
     /// When the next background engine is due.
-    fn next_due(&self) -> Option<(Instant, u64)> {
+    fn due(&self) -> Option<(Instant, u64)> {
         self.engines
             .iter()
             .filter_map(|(id, entry)| match entry {
@@ -138,30 +161,9 @@ impl Stage {
             .min()
     }
 
-    fn serve(&mut self, jobs: &Receiver<Job>) {
-        let mut ballast = Ballast::default();
-        ballast.take();
-        loop {
-            let due = self.next_due();
-            let job = match due {
-                None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some((at, _)) => jobs.recv_timeout(at.saturating_duration_since(Instant::now())),
-            };
-            ballast.spend();
-            match job {
-                // A panic outside any engine's own work: the caller sees its reply missing.
-                Ok(job) => drop(catch_unwind(AssertUnwindSafe(|| job(self)))),
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some((_, id)) = due
-                        && let Err(error) = self.on(id, EngineState::background_slice)
-                    {
-                        tracing::error!(%error, "background merging ended");
-                    }
-                }
-                // The sender is leaked in a static, so this does not happen.
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-            ballast.take();
+    fn slice(&mut self, (_, id): (Instant, u64)) {
+        if let Err(error) = self.on(id, EngineState::background_slice) {
+            tracing::error!(%error, "background merging ended");
         }
     }
 }
@@ -216,19 +218,19 @@ fn start() -> Result<Sender<Job>, Error> {
 }
 
 fn sender() -> Result<Sender<Job>, Error> {
-    if let Some(worker) = own() {
-        return Ok(worker.jobs.clone());
-    }
-    let _starting = Starting::begin();
-    match own() {
-        Some(worker) => Ok(worker.jobs.clone()),
-        None => start().inspect(|jobs| {
-            WORKER.set(Worker {
-                process: std::process::id(),
-                jobs: jobs.clone(),
-            });
-        }),
-    }
+    handoff::made_once(
+        || own().map(|worker| worker.jobs.clone()),
+        hold_start,
+        || {
+            start().inspect(|jobs| {
+                WORKER.set(Worker {
+                    process: std::process::id(),
+                    jobs: jobs.clone(),
+                });
+            })
+        },
+        free_start,
+    )
 }
 
 /// Runs `work` on the merging thread and waits for its result.
