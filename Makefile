@@ -31,6 +31,7 @@ test: $(VENV)/.tested-with ## All tests: the Rust crates, then the Python packag
 	cargo test --release -p pagemerge-linux
 	cargo test --release -p pagemerge-linux --features inject --test injected --test regressions
 	cargo test --release -p pagemerge-linux --features inject --test hostile -- known_key
+	$(MAKE) --no-print-directory replay loom
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Also a name of the shell's own, which is why it is given to commands as a number.
@@ -52,6 +53,8 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p pagemerge-linux --all-targets --features inject -- -D warnings
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
+	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy python/pagemerge
@@ -70,6 +73,83 @@ soak: $(VENV)/.tested-with ## Everything around a program that could disturb mer
 faults: ## Faults at every call and panics in every phase, all of them, and the table of sites (15 minutes)
 	PAGEMERGE_FAULTS=all PAGEMERGE_STRESS_SECONDS=$${PAGEMERGE_STRESS_SECONDS:-60} \
 	  cargo test --release -p pagemerge-linux --features inject --test injected
+
+# ---- Fuzzing, sanitizers, interleavings. What needs compiler flags that stable compilers keep locked
+# takes a toolchain named nightly where there is one, and else unlocks them in the one there is.
+
+UNLOCKED := $(shell rustup run nightly rustc --version >/dev/null 2>&1 && echo "cargo +nightly" || echo "env RUSTC_BOOTSTRAP=1 cargo")
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+# Build products that share nothing with an ordinary build.
+OUT = $(or $(CARGO_TARGET_DIR),target)
+TARGETS := core_model rbtree proc_text settings
+TARGET ?= $(TARGETS)
+FUZZ_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),1200)
+# Only one of the targets can meet unsafe code, and `make asan` runs that.
+SANITIZER ?= none
+FUZZ_TOOLS := $(abspath $(OUT))/fuzz-tools
+FUZZ = env PATH="$(FUZZ_TOOLS)/bin:$$PATH" CARGO_TARGET_DIR=$(abspath $(OUT))/fuzz \
+	  PYO3_PYTHON=$(abspath $(PY)) PYTHONPATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(UNLOCKED) fuzz
+
+.PHONY: fuzz-tools
+fuzz-tools: $(VENV)/.built
+	@command -v c++ >/dev/null || { echo "make fuzz needs a C++ compiler, for libFuzzer" >&2; exit 1; }
+	@command -v cargo-fuzz >/dev/null || test -x $(FUZZ_TOOLS)/bin/cargo-fuzz || \
+	  cargo install --locked --root $(FUZZ_TOOLS) cargo-fuzz || { \
+	  echo "make fuzz needs cargo-fuzz, and it could not be installed" >&2; exit 1; }
+
+.PHONY: fuzz
+fuzz: fuzz-tools ## Fuzz for SECONDS (1200) each target, or TARGET only: core_model rbtree proc_text settings
+	@# What is new goes beside the build; make fuzz-keep brings it back. What fails is in fuzz/artifacts.
+	for target in $(TARGET); do \
+	  mkdir -p $(OUT)/fuzz/corpus/$$target; \
+	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) --features python $$target \
+	    $(abspath $(OUT))/fuzz/corpus/$$target $(abspath fuzz)/corpus/$$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=120 -print_final_stats=1; \
+	done
+
+.PHONY: fuzz-keep
+fuzz-keep: fuzz-tools ## Make the committed inputs the fewest that reach what all inputs reach
+	for target in $(TARGET); do \
+	  rm -rf $(OUT)/fuzz/fewest && mkdir -p $(OUT)/fuzz/fewest $(OUT)/fuzz/corpus/$$target; \
+	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) --features python $$target \
+	    $(abspath $(OUT))/fuzz/fewest $(abspath $(OUT))/fuzz/corpus/$$target $(abspath fuzz)/corpus/$$target -- \
+	    -merge=1 -max_len=1024 -set_cover_merge=1 -use_value_profile=0; \
+	  rm -rf fuzz/corpus/$$target && mkdir fuzz/corpus/$$target; \
+	  ls -S -r $(OUT)/fuzz/fewest | head -200 | sed 's|^|$(OUT)/fuzz/fewest/|' | xargs cp -t fuzz/corpus/$$target; \
+	done
+
+.PHONY: replay
+replay: ## Run the committed inputs of the fuzz targets, without the fuzzer
+	cargo test --release --manifest-path fuzz/Cargo.toml
+
+.PHONY: loom
+loom: ## Go through every interleaving of the threads' hand-offs; LOOM_MAX_PREEMPTIONS=n (3)
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(OUT)/loom cargo test --release -p pagemerge-linux --test loom_stop
+
+.PHONY: miri
+miri: ## The algorithm and the simulator in the Miri interpreter, where the toolchain has it
+	@$(UNLOCKED) miri --version >/dev/null 2>&1 || { \
+	  echo "make miri was not run: $$($(UNLOCKED) --version) has no Miri" \
+	    "(rustup component add miri --toolchain nightly); make asan and make valgrind stand in" >&2; exit 1; }
+	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=4 PAGEMERGE_SEEDS=0..2 \
+	  $(UNLOCKED) miri test -p pagemerge-core --lib --tests
+	MIRIFLAGS=-Zmiri-disable-isolation PAGEMERGE_SIM_SEED=1 $(UNLOCKED) miri test -p pagemerge-sim --test contract
+
+.PHONY: asan
+asan: ## The Rust tests with AddressSanitizer (live memory: what runs in one process)
+	RUSTFLAGS="-Zsanitizer=address" CARGO_TARGET_DIR=$(OUT)/asan \
+	  $(UNLOCKED) test --release --target $(HOST) -p pagemerge-core -p pagemerge-sim --lib --tests
+	RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=$(OUT)/asan \
+	  $(UNLOCKED) test --release --target $(HOST) -p pagemerge-linux --lib --test smoke --test findings
+
+.PHONY: valgrind
+valgrind: ## The algorithm's own tests in valgrind's memcheck
+	@command -v valgrind >/dev/null || { echo "make valgrind was not run: there is no valgrind" >&2; exit 1; }
+	PROPTEST_CASES=8 PAGEMERGE_SEEDS=0..4 \
+	  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full" \
+	  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full" \
+	  cargo test -p pagemerge-core --lib --tests
 
 .PHONY: build
 build: $(VENV)/.built ## The package, built and importable in the virtual environment

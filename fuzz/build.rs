@@ -13,7 +13,8 @@ fn main() {
     }
     let python = std::env::var("PYO3_PYTHON").unwrap_or_else(|_| "python3".into());
     let answer = Command::new(&python).args(["-c", ASK]).output();
-    let answer = answer.unwrap_or_else(|error| panic!("cannot run {python}: {error}; set PYO3_PYTHON"));
+    let answer =
+        answer.unwrap_or_else(|error| panic!("cannot run {python}: {error}; set PYO3_PYTHON"));
     let answer = String::from_utf8(answer.stdout).expect("paths of ours are UTF-8");
     let [directory, version, shared] = answer.split_whitespace().collect::<Vec<_>>()[..] else {
         panic!("{python} does not say where its library is: {answer:?}");

@@ -9,9 +9,8 @@ import mmap
 import subprocess
 from collections.abc import Callable
 
-import pytest
-
 import pagemerge
+import pytest
 
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -227,9 +226,9 @@ def test_settings_in_use_make_another_engine() -> None:
     """The settings of an engine whose advisor had worked made no second engine.
 
     ``Engine(**engine.settings.as_dict())`` is what ``as_dict`` is for. After one scan it was a
-    ``ValueError``: the dictionary had what the advisor had made of ``pages_to_scan``, which nobody may
-    ask for; and the same after ``advisor_min_pages_to_scan`` had been changed twice. Found by
-    fuzzing the settings.
+    ``ValueError``: the dictionary had what the advisor had made of ``pages_to_scan``, which nobody
+    may ask for; and the same after ``advisor_min_pages_to_scan`` had been changed. Found by fuzzing
+    the settings.
     """
     with pagemerge.Engine(advisor_min_pages_to_scan=700) as engine:
         memory = mmap.mmap(-1, 8 * pagemerge.PAGE_SIZE, flags=mmap.MAP_PRIVATE)
@@ -240,3 +239,17 @@ def test_settings_in_use_make_another_engine() -> None:
         settings = engine.settings.as_dict()
         with pagemerge.Engine(**settings) as again:
             assert again.settings.as_dict() == settings
+
+
+def test_settings_change_although_the_advisor_begins_elsewhere() -> None:
+    """No setting of an engine could be changed when the advisor was to begin with another number.
+
+    ``Engine(advisor_min_pages_to_scan=60)`` refused each later assignment, to whatever setting, with
+    ``pages_to_scan must be left to the advisor while advisor_mode is scan-time, got 500``: beside
+    the scanner's settings, where the advisor's beginning had taken the default's place, a copy
+    was kept where it had not, and a change began from that one. Found by fuzzing the settings.
+    """
+    with pagemerge.Engine(advisor_min_pages_to_scan=60) as engine:
+        engine.settings.sleep_millisecs = 74
+        assert engine.settings.sleep_millisecs == 74
+        assert engine.settings.pages_to_scan == 60

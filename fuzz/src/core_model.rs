@@ -42,39 +42,78 @@ struct Setup {
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    Register { pages: u8, domain: u8, contents: u32 },
-    Write { page: u8, content: u8 },
-    Discard { page: u8 },
+    Register {
+        pages: u8,
+        domain: u8,
+        contents: u32,
+    },
+    Write {
+        page: u8,
+        content: u8,
+    },
+    Discard {
+        page: u8,
+    },
     /// Discarded through the engine.
-    Vacate { page: u8 },
-    Step { budget: u8 },
+    Vacate {
+        page: u8,
+    },
+    Step {
+        budget: u8,
+    },
     Scan,
-    Unregister { region: u8 },
+    Unregister {
+        region: u8,
+    },
     Revive,
-    Forget { region: u8 },
+    Forget {
+        region: u8,
+    },
     Unmerge,
     Refresh,
     Rest,
     Smart,
     Zero,
-    Limit { to: u8 },
+    Limit {
+        to: u8,
+    },
     Rough(Rough),
 }
 
 #[derive(Arbitrary, Debug)]
 enum Rough {
-    Refuse { page: u8 },
-    Bar { page: u8 },
-    Hide { page: u8 },
-    Outage { calls: u8, budget: u8 },
+    Refuse {
+        page: u8,
+    },
+    Bar {
+        page: u8,
+    },
+    Hide {
+        page: u8,
+    },
+    Outage {
+        calls: u8,
+        budget: u8,
+    },
     /// Writes race with the calls of one step.
-    Race { seed: u8, budget: u8 },
-    Write { page: u8, content: u8, budget: u8 },
+    Race {
+        seed: u8,
+        budget: u8,
+    },
+    Write {
+        page: u8,
+        content: u8,
+        budget: u8,
+    },
     Tracking,
     Order,
     Nodes,
-    Hashes { bits: u8 },
-    Looks { pages: u8 },
+    Hashes {
+        bits: u8,
+    },
+    Looks {
+        pages: u8,
+    },
 }
 
 /// What the scanner says that it does.
@@ -489,7 +528,10 @@ impl Case {
         if pages.iter().any(|page| page.hidden) {
             return;
         }
-        let zero = pages.iter().filter(seen).filter(|it| it.shown == Shown::Zeroed);
+        let zero = pages
+            .iter()
+            .filter(seen)
+            .filter(|it| it.shown == Shown::Zeroed);
         assert_eq!(stats.ksm_zero_pages, zero.count() as u64, "ksm_zero_pages");
         let mut sharers: BTreeMap<FrameId, u64> = BTreeMap::new();
         for page in pages {
@@ -499,11 +541,17 @@ impl Case {
         }
         let there: BTreeSet<FrameId> = self.world.toy.frames.keys().copied().collect();
         let shown: BTreeSet<FrameId> = sharers.keys().copied().collect();
-        assert_eq!(there, shown, "a frame that nobody shows, or one that is not there");
+        assert_eq!(
+            there, shown,
+            "a frame that nobody shows, or one that is not there"
+        );
         // What has parted is listed until the scan passes.
         let merged: u64 = sharers.values().sum();
         assert!(stats.pages_shared >= sharers.len() as u64, "{stats:?}");
-        assert!(stats.pages_shared + stats.pages_sharing >= merged, "{stats:?}");
+        assert!(
+            stats.pages_shared + stats.pages_sharing >= merged,
+            "{stats:?}"
+        );
     }
 
     /// Ends all trouble, scans until everything stands still, and checks that nothing is left to do.
@@ -554,9 +602,15 @@ impl Case {
         let (mut shared, mut sharing, mut alone) = (0, 0, 0);
         for ((.., content), (single, frames)) in &groups {
             let zero = *content == ZERO && settings.use_zero_pages;
-            assert!(*single <= 1 && !(zero && *single > 0), "{content:?}: {single} not merged");
+            assert!(
+                *single <= 1 && !(zero && *single > 0),
+                "{content:?}: {single} not merged"
+            );
             let full = frames.values().all(|&sharers| sharers >= max);
-            assert!(*single == 0 || full, "{content:?}: one is alone, {frames:?} have room");
+            assert!(
+                *single == 0 || full,
+                "{content:?}: one is alone, {frames:?} have room"
+            );
             if fresh {
                 // The kernel's own sum: full frames, one more for a rest of two or more.
                 let all = single + frames.values().sum::<usize>();
@@ -568,7 +622,11 @@ impl Case {
             alone += *single as u64;
         }
         assert_eq!(
-            (stats.pages_shared, stats.pages_sharing, stats.pages_unshared),
+            (
+                stats.pages_shared,
+                stats.pages_sharing,
+                stats.pages_unshared
+            ),
             (shared, sharing, alone),
             "{groups:?}"
         );
@@ -589,7 +647,14 @@ impl Case {
         self.world.check();
         self.compare();
         let stats = self.world.scanner.stats();
-        assert_eq!((stats.rmap_items, stats.regions, stats.ksm_zero_pages), (0, 0, 0));
-        assert!(self.world.toy.frames.is_empty(), "{:?}", self.world.toy.frames);
+        assert_eq!(
+            (stats.rmap_items, stats.regions, stats.ksm_zero_pages),
+            (0, 0, 0)
+        );
+        assert!(
+            self.world.toy.frames.is_empty(),
+            "{:?}",
+            self.world.toy.frames
+        );
     }
 }

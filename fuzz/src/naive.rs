@@ -42,7 +42,10 @@ enum Place {
     Nowhere,
     /// In the unstable tree of that scan.
     Candidate(u64),
-    Sharer { frame: usize, broken: bool },
+    Sharer {
+        frame: usize,
+        broken: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -138,14 +141,21 @@ impl Model {
     /// A model of a scanner with these settings: `kernel` says that they are the kernel's ways.
     pub fn new(kernel: bool, settings: &Settings, nodes: u16) -> Self {
         assert_eq!(kernel, settings.tree_order == TreeOrder::Content);
-        assert_eq!((kernel, !kernel), (settings.lagging_records, settings.write_tracking));
+        assert_eq!(
+            (kernel, !kernel),
+            (settings.lagging_records, settings.write_tracking)
+        );
         Self {
             exact: true,
             kernel,
             smart: settings.smart_scan,
             zero: settings.use_zero_pages,
             most: settings.max_page_sharing as usize,
-            nodes: if settings.merge_across_nodes { 1 } else { nodes.into() },
+            nodes: if settings.merge_across_nodes {
+                1
+            } else {
+                nodes.into()
+            },
             regions: Vec::new(),
             order_known: true,
             cursor: None,
@@ -171,7 +181,11 @@ impl Model {
         if !self.exact {
             return;
         }
-        if self.window.as_ref().is_some_and(|rest| rest.contains_key(&page)) {
+        if self
+            .window
+            .as_ref()
+            .is_some_and(|rest| rest.contains_key(&page))
+        {
             self.exact = false;
         }
         self.set(page, bytes);
@@ -179,7 +193,11 @@ impl Model {
 
     fn set(&mut self, page: u32, bytes: Option<Bytes>) {
         let page = self.page(page);
-        page.shows = if bytes.is_some() { Shows::Own } else { Shows::Nothing };
+        page.shows = if bytes.is_some() {
+            Shows::Own
+        } else {
+            Shows::Nothing
+        };
         (page.bytes, page.changed) = (bytes.unwrap_or(ZERO), true);
     }
 
@@ -192,7 +210,15 @@ impl Model {
         let end = first + u32::try_from(bytes.len()).expect("a region is small");
         let at = self.position(self.cursor);
         let life = Life::Registered;
-        self.regions.insert(at, Region { id, first, end, life });
+        self.regions.insert(
+            at,
+            Region {
+                id,
+                first,
+                end,
+                life,
+            },
+        );
         for (page, &bytes) in (first..).zip(bytes) {
             self.pages.insert(
                 page,
@@ -332,7 +358,10 @@ impl Model {
     }
 
     fn lies(&self, page: &Page) -> bool {
-        let Some(item) = page.item.filter(|item| item.place == Place::Candidate(self.seq)) else {
+        let Some(item) = page
+            .item
+            .filter(|item| item.place == Place::Candidate(self.seq))
+        else {
             return false;
         };
         page.shows != Shows::Own
@@ -442,7 +471,9 @@ impl Model {
             Shows::Nothing => Seen::Nothing,
             Shows::Zero => Seen::Zero,
             Shows::Frame(_) => Seen::Frame,
-            Shows::Own => Seen::Own { changed: page.changed },
+            Shows::Own => Seen::Own {
+                changed: page.changed,
+            },
         }
     }
 
@@ -530,7 +561,12 @@ impl Model {
         unshared: u64,
     ) {
         let mut beside = Vec::new();
-        for Candidate { page, known, by_hash } in batch.drain(..) {
+        for Candidate {
+            page,
+            known,
+            by_hash,
+        } in batch.drain(..)
+        {
             let bytes = self.pages[&page].bytes;
             assert_eq!(self.pages[&page].shows, Shows::Own);
             let item = self.item(page).expect("it has been visited");
@@ -600,7 +636,10 @@ impl Model {
                     Some(name) => {
                         let other = shown.iter().find(|&(it, at)| *it != page && at == name);
                         let (&other, _) = other.expect("a frame of two");
-                        assert!(here.contains(&other) && is_equal(&other), "{page} met {other}");
+                        assert!(
+                            here.contains(&other) && is_equal(&other),
+                            "{page} met {other}"
+                        );
                         Some(other)
                     }
                     // In the tree, or in none.
@@ -611,7 +650,8 @@ impl Model {
                 here.into_iter().find(is_equal)
             }
         } else {
-            let hash = |number: &&u32| self.pages[number].item.and_then(|it| it.hash) == Some(bytes);
+            let hash =
+                |number: &&u32| self.pages[number].item.and_then(|it| it.hash) == Some(bytes);
             let same: Vec<u32> = here.iter().filter(hash).copied().collect();
             match same[..] {
                 [] => None,
@@ -636,7 +676,11 @@ impl Model {
         };
         let name = shown.get(&page);
         let name = *name.unwrap_or_else(|| panic!("pages {page} and {partner} have not merged"));
-        assert_eq!(shown.get(&partner), Some(&name), "pages {page} and {partner}");
+        assert_eq!(
+            shown.get(&partner),
+            Some(&name),
+            "pages {page} and {partner}"
+        );
         let frame = self.frames.len();
         let taken = self.names.insert(name, frame);
         assert_eq!(taken, None, "{name:?} is in use");
@@ -762,7 +806,10 @@ impl Model {
             && !std::mem::replace(broken, true)
         {
             let frame = *frame;
-            self.frames[frame].as_mut().expect("a frame that is there").mapped -= 1;
+            self.frames[frame]
+                .as_mut()
+                .expect("a frame that is there")
+                .mapped -= 1;
         }
     }
 
@@ -827,7 +874,9 @@ impl Model {
     }
 
     fn after(&self, id: RegionId) -> Option<RegionId> {
-        self.regions.get(self.position(Some(id)) + 1).map(|it| it.id)
+        self.regions
+            .get(self.position(Some(id)) + 1)
+            .map(|it| it.id)
     }
 
     fn region(&self, id: RegionId) -> Region {
@@ -858,7 +907,13 @@ impl Model {
 
     fn unshared(&self) -> u64 {
         let place = |page: &&Page| {
-            matches!(page.item, Some(Item { place: Place::Candidate(_), .. }))
+            matches!(
+                page.item,
+                Some(Item {
+                    place: Place::Candidate(_),
+                    ..
+                })
+            )
         };
         self.pages.values().filter(place).count() as u64
     }
@@ -888,7 +943,12 @@ impl Model {
     /// # Panics
     /// When one is wrong.
     pub fn assert_counters(&self, stats: &Stats) {
-        let frames = || self.frames.iter().flatten().filter(|it| !it.listed.is_empty());
+        let frames = || {
+            self.frames
+                .iter()
+                .flatten()
+                .filter(|it| !it.listed.is_empty())
+        };
         let shared = frames().count() as u64;
         let sharing = frames().map(|it| it.listed.len() as u64 - 1).sum::<u64>();
         let items = self.pages.values().filter(|it| it.item.is_some()).count() as u64;
@@ -899,7 +959,11 @@ impl Model {
             ("pages_sharing", sharing, stats.pages_sharing),
             ("pages_unshared", unshared, stats.pages_unshared),
             ("rmap_items", items, stats.rmap_items),
-            ("pages_volatile", items - shared - sharing - unshared, stats.pages_volatile),
+            (
+                "pages_volatile",
+                items - shared - sharing - unshared,
+                stats.pages_volatile,
+            ),
             ("ksm_zero_pages", zero, stats.ksm_zero_pages),
             ("pages_scanned", self.scanned, stats.pages_scanned),
             ("pages_skipped", self.skipped, stats.pages_skipped),
@@ -920,13 +984,27 @@ impl Model {
     /// When one is wrong.
     pub fn assert_region(&self, id: RegionId, stats: RegionStats) {
         let region = self.region(id);
-        let pages = || self.pages.range(region.first..region.end).map(|(_, page)| page);
+        let pages = || {
+            self.pages
+                .range(region.first..region.end)
+                .map(|(_, page)| page)
+        };
         let sharer = |page: &&Page| {
-            matches!(page.item, Some(Item { place: Place::Sharer { .. }, .. }))
+            matches!(
+                page.item,
+                Some(Item {
+                    place: Place::Sharer { .. },
+                    ..
+                })
+            )
         };
         let merging = pages().filter(sharer).count() as u64;
         let zero = pages().filter(|page| page.zeroed).count() as u64;
-        let told = (stats.ksm_rmap_items, stats.ksm_merging_pages, stats.ksm_zero_pages);
+        let told = (
+            stats.ksm_rmap_items,
+            stats.ksm_merging_pages,
+            stats.ksm_zero_pages,
+        );
         assert_eq!(told, (self.items(region), merging, zero), "{region:?}");
         assert!(stats.ksm_mergeable);
     }

@@ -31,7 +31,12 @@ struct Mapping<'a> {
     flags: u8,
 }
 
-const FLAGS: [&str; 4] = ["rd wr mr mw me ac", "rd wr mr mw me lo ac sd", "", "rd ex mr um uw dd"];
+const FLAGS: [&str; 4] = [
+    "rd wr mr mw me ac",
+    "rd wr mr mw me lo ac sd",
+    "",
+    "rd ex mr um uw dd",
+];
 
 /// Reads the text that `input` describes.
 ///

@@ -90,7 +90,11 @@ pub fn run(input: &[u8]) {
                 }
                 let (place, passed) = tree.place(root, key, after);
                 let most = 2 * (list.len() + 1).next_power_of_two().ilog2() + 2;
-                assert!(passed <= most as usize, "{passed} steps for {} nodes", list.len());
+                assert!(
+                    passed <= most as usize,
+                    "{passed} steps for {} nodes",
+                    list.len()
+                );
                 tree.0[node as usize].key = key;
                 rbtree::insert(&mut tree, &mut root, place, node);
                 let before = |other: &u32| {

@@ -1,6 +1,9 @@
 //! Settings as Python sets them: the bindings' own code, in an interpreter of our own. What is done and
 //! what is checked is in `settings_driver.py`, which runs with the built module, too.
-#![allow(unsafe_code, reason = "the bindings are put into an interpreter's table before it starts")]
+#![allow(
+    unsafe_code,
+    reason = "the bindings are put into an interpreter's table before it starts"
+)]
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -28,7 +31,10 @@ fn driver() -> &'static Py<PyAny> {
 fn start(py: Python<'_>) -> PyResult<Py<PyAny>> {
     let sys = py.import("sys")?;
     let here = env!("CARGO_MANIFEST_DIR");
-    for (at, more) in [here.to_owned(), format!("{here}/../python")].iter().enumerate() {
+    for (at, more) in [here.to_owned(), format!("{here}/../python")]
+        .iter()
+        .enumerate()
+    {
         sys.getattr("path")?.call_method1("insert", (at, more))?;
     }
     let modules = sys.getattr("modules")?;

@@ -136,6 +136,11 @@ impl EngineState {
         settings.validate()?;
         let space = LinuxSpace::new(&settings)?;
         let scanner = Scanner::new(settings.scan.clone())?;
+        // The scanner has put the advisor's start in the place of `pages_to_scan`.
+        let settings = EngineSettings {
+            scan: scanner.settings().clone(),
+            ..settings
+        };
         Ok(Self {
             scanner,
             space,

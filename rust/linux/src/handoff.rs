@@ -166,18 +166,16 @@ pub(crate) fn serve<S: Serves, J: FnOnce(&mut S)>(
     }
 }
 
-/// What `get` finds, or else what `make` makes while the gate is held; `make` has `get` find it.
-pub(crate) fn made_once<T, E>(
+/// What `get` finds, or else what `make` makes; `make` has `get` find it. What `hold` gives is kept
+/// meanwhile, and dropped afterwards, also while unwinding: it keeps others out.
+pub(crate) fn made_once<T, E, G>(
     get: impl Fn() -> Option<T>,
-    hold: impl FnOnce(),
+    hold: impl FnOnce() -> G,
     make: impl FnOnce() -> Result<T, E>,
-    free: impl FnOnce(),
 ) -> Result<T, E> {
     if let Some(found) = get() {
         return Ok(found);
     }
-    hold();
-    let made = get().map_or_else(make, Ok);
-    free();
-    made
+    let _held = hold();
+    get().map_or_else(make, Ok)
 }

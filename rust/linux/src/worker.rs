@@ -220,7 +220,7 @@ fn start() -> Result<Sender<Job>, Error> {
 fn sender() -> Result<Sender<Job>, Error> {
     handoff::made_once(
         || own().map(|worker| worker.jobs.clone()),
-        hold_start,
+        Starting::begin,
         || {
             start().inspect(|jobs| {
                 WORKER.set(Worker {
@@ -229,7 +229,6 @@ fn sender() -> Result<Sender<Job>, Error> {
                 });
             })
         },
-        free_start,
     )
 }
 

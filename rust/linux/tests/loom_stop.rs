@@ -58,7 +58,7 @@ impl Guarded {
     }
 
     fn pass(&self) {
-        self.gate.close(OURS, |_| thread::yield_now());
+        let _shut = Shut::new(self);
         self.data.with_mut(|at| {
             // SAFETY: as above.
             #[allow(unsafe_code, reason = "the cell under test")]
@@ -66,6 +66,15 @@ impl Guarded {
                 *at += 1;
             }
         });
+    }
+}
+
+impl Shuts for Guarded {
+    fn close(&self) {
+        self.gate.close(OURS, |_| thread::yield_now());
+    }
+
+    fn open(&self) {
         self.gate.open();
     }
 }
@@ -402,7 +411,7 @@ fn what_is_made_once_is_made_once_and_not_during_a_fork() {
         let make = move |guarded: &Guarded, made: &AtomicU32| {
             let got = made_once(
                 || get(made),
-                || guarded.gate.close(OURS, |_| thread::yield_now()),
+                || Shut::new(guarded),
                 || {
                     guarded.data.with_mut(|at| {
                         // SAFETY: as for `pass`.
@@ -415,7 +424,6 @@ fn what_is_made_once_is_made_once_and_not_during_a_fork() {
                     made.store(1, Ordering::Release);
                     Ok::<u32, ()>(1)
                 },
-                || guarded.gate.open(),
             );
             assert_eq!(got, Ok(1));
         };
