@@ -723,6 +723,33 @@ fn open_io_uring_keeps_written_pages_where_they_are() {
     memory.assert_shows(5, 3, "merged again");
 }
 
+/// Without a barrier nothing asked for pins: a page that an `io_uring` had registered as a buffer was
+/// merged while nobody wrote, as the caller had promised, and every fixed read after the call went to
+/// the page that it had been before. It showed as a buffer that never changed.
+fn pinned_buffer_stays_the_buffer_without_a_barrier() {
+    let memory = Memory::new(64);
+    fill(&memory, CONTENTS);
+    let engine = engine_with(|s| s.barrier = Some(Barrier::None));
+    register(&engine, &memory);
+    let ring = Ring::new().expect("looked at before");
+    ring.pin(&[(memory.at(5), page_size())]).expect("pinned");
+    let stats = merge(&engine);
+    assert!(!merged(&memory)[5], "a pinned page is merged");
+    assert!(skipped(&stats, Reason::Pinned) > 0, "{:?}", reasons(&stats));
+    let file = os::direct_file(&[77]).expect("looked at before");
+    let got = ring.read_fixed(file.as_raw_fd(), 0, memory.at(5), 4096, 0);
+    assert_eq!(got, 4096);
+    memory.assert_shows(5, 77, "what the device wrote");
+    drop(ring);
+    memory.fill(5, content(5, CONTENTS));
+    os::wait_for("everything to be merged without the ring", || {
+        thread::sleep(Duration::from_millis(6));
+        scan(&engine);
+        merged_pages(&memory) == 64
+    });
+    assert_filled(&memory, CONTENTS, "merged");
+}
+
 // ------------------------------------------------------------------------------- quiet pages
 
 /// Where a page that was written and has been quiet was merged in its memfd mapping, it never became
@@ -1110,6 +1137,9 @@ fn main() -> ExitCode {
         case!(kernel_that_never_has_room_is_not_asked_for_ever),
         case!(writer_of_a_watched_page_that_is_discarded_goes_on),
         case!(open_io_uring_keeps_written_pages_where_they_are).needs(Need::IoUring),
+        case!(pinned_buffer_stays_the_buffer_without_a_barrier)
+            .needs(Need::IoUring)
+            .needs(Need::DirectIo),
         case!(quiet_page_is_anonymous_again),
         case!(debugger_is_not_refused_for_ever_while_the_engine_is_at_rest)
             .needs(Need::FullBarrier),

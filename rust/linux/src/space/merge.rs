@@ -226,8 +226,19 @@ impl LinuxSpace {
     /// Pages that are merged where they are must be under a watch first. Those that may be merged
     /// without quiet time get one that begins now.
     fn hold_in_place(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) -> Vec<Item> {
-        if self.barrier == Barrier::None || items.is_empty() {
+        if items.is_empty() {
             return items;
+        }
+        if self.barrier == Barrier::None {
+            // The caller promised that nobody writes during the call. But what is pinned may be
+            // written after it, by a device that goes on with the page that it knows.
+            if !eligible::has_pinned_pages() {
+                return items;
+            }
+            for item in items {
+                self.finish(&item, Some(Reason::Pinned), outcomes);
+            }
+            return Vec::new();
         }
         let now = Instant::now();
         let always = self.remerge == Remerge::Always;

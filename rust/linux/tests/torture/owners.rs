@@ -69,7 +69,9 @@ pub(crate) fn protect(me: &mut Me) {
     while !me.is_over() {
         let (number, page) = anywhere(me, By::Call);
         let arena = &me.world.arenas[number];
-        if page >= arena.free_pages() || arena.rules.moves {
+        // A guest engine is dropped when it likes, and could not un-merge read-only pages then.
+        if page >= arena.free_pages() || arena.rules.moves || arena.engines.is_empty() {
+            me.pause(100);
             continue;
         }
         let pages = (1 + me.random.below(16)).min(arena.free_pages() - page);

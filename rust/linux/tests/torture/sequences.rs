@@ -163,6 +163,12 @@ impl Sequences {
 
     /// At the end, when nobody writes any more.
     pub(crate) fn check_end(&self, me: &Me) {
+        let wrong: Vec<usize> = (0..SEQUENCE_PAGES)
+            .filter(|&page| self.look(page).is_err())
+            .collect();
+        if !wrong.is_empty() {
+            println!("sequence pages that are not whole: {wrong:?}");
+        }
         for page in 0..SEQUENCE_PAGES {
             self.check(me, page, &mut 0);
         }

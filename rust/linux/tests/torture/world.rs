@@ -302,7 +302,8 @@ impl Me {
     }
 
     pub(crate) fn fail(&self, arena: usize, page: usize, story: &str) -> ! {
-        self.world.fail(&self.name, arena, page, story)
+        let story = format!("{story}\n  counted so far: {:?}", self.counts);
+        self.world.fail(&self.name, arena, page, &story)
     }
 }
 

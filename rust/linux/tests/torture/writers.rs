@@ -552,8 +552,12 @@ pub(crate) fn ring(me: &mut Me) {
         };
         let arena = &me.world.arenas[number];
         let first = arena.pages - PINNABLE + me.random.below(PINNABLE - 8);
+        // Claimed, because a merge without a barrier must not meet it half done.
+        let claim = Claim::wait(me, number, first, 8);
         me.begin("pin", number, first, 8, 0);
-        if let Err(error) = ring.pin(&[(arena.at(first), 8 * page_size())]) {
+        let pinned = ring.pin(&[(arena.at(first), 8 * page_size())]);
+        drop(claim);
+        if let Err(error) = pinned {
             me.count(&format!("error: pinning: {error}"), 1);
             me.rest(500);
             continue;
