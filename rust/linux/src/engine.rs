@@ -131,15 +131,15 @@ pub(crate) struct EngineState {
 }
 
 impl EngineState {
-    fn new(settings: EngineSettings) -> Result<Self, Error> {
+    fn new(settings: &EngineSettings) -> Result<Self, Error> {
         let _phase = enter(Phase::Create);
         settings.validate()?;
-        let space = LinuxSpace::new(&settings)?;
+        let space = LinuxSpace::new(settings)?;
         let scanner = Scanner::new(settings.scan.clone())?;
         // The scanner has put the advisor's start in the place of `pages_to_scan`.
         let settings = EngineSettings {
             scan: scanner.settings().clone(),
-            ..settings
+            ..settings.clone()
         };
         Ok(Self {
             scanner,
@@ -633,7 +633,9 @@ impl Engine {
         // reasons are there even when the thread cannot start.
         let _ = capabilities();
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        worker::call(move |stage| EngineState::new(settings).map(|engine| stage.add(id, engine)))??;
+        worker::call(move |stage| {
+            EngineState::new(&settings).map(|engine| stage.add(id, engine))
+        })??;
         Ok(Self(Arc::new(Handle {
             id,
             epoch: fork::epoch(),

@@ -4,7 +4,7 @@
 //! Method: the hand-offs of `src/handoff.rs`, compiled here with loom's atomics in place of the standard
 //! library's, run against a small model of the kernel's part. loom goes through every interleaving, and
 //! every value that a weaker memory order allows a load to see, up to a number of preemptions
-//! (LOOM_MAX_PREEMPTIONS, 3 unless set; `make loom` asks for more).
+//! (`LOOM_MAX_PREEMPTIONS`, 3 unless set; `make loom` asks for more).
 //!
 //! Each of these tests has been seen to fail with the hand-off broken: without the gate's Acquire or its
 //! Release, with a helper that does not close the gate or is woken before it is told to stop, with a gate

@@ -295,7 +295,7 @@ fn odd_memory_is_refused_by_name() {
     ];
     for (flags, right) in odd {
         let len = 4 << 20;
-        let flags = (os::PRIVATE | flags) as usize;
+        let flags = usize::try_from(os::PRIVATE | flags).expect("flags of mmap");
         let addr = os::call(
             libc::SYS_mmap,
             &[0, len, os::RW as usize, flags, os::NONE, 0],
@@ -371,19 +371,19 @@ fn programs_own_userfaultfd_next_door() {
         std::thread::spawn(move || os::foreign_serve(&fd, &stop, 77))
     };
     let mut busy = Busy::over(&Plan::default(), memory);
-    let (begun, mut served) = (Instant::now(), 0);
+    let (begun, mut faults) = (Instant::now(), 0);
     while begun.elapsed() < time() || busy.merges() < 1000 {
         busy.assert_alive();
         for door in doors {
             assert_eq!(os::load(door), 77, "served by the program's own thread");
             os::advise(door, page, libc::MADV_DONTNEED).expect("empty again");
-            served += 1;
+            faults += 1;
         }
-        if served % 500 == 0 {
+        if faults % 500 == 0 {
             busy.without_the_engine(|_| {});
         }
     }
-    println!("figure: {served} faults served by the program's own userfaultfd");
+    println!("figure: {faults} faults served by the program's own userfaultfd");
     busy.finish().tell();
     stop.store(true, std::sync::atomic::Ordering::SeqCst);
     server.join().expect("no panic");

@@ -243,7 +243,7 @@ impl Claim {
 
     /// Reads the claimed bytes and compares them with their shadow.
     pub(crate) fn verify(&self, me: &mut Me, when: &str) {
-        self.verify_by(me, when, |at, into| raw::copy_out(at, into));
+        self.verify_by(me, when, raw::copy_out);
     }
 
     /// The same; `read` gets them.
@@ -302,13 +302,11 @@ impl Claim {
                 .chunks(8)
                 .take(8)
                 .map(|word| {
-                    word.iter()
-                        .rev()
-                        .map(|byte| format!("{byte:02x}"))
-                        .collect::<String>()
-                        + " "
+                    let word = word.try_into().expect("a sector has whole words");
+                    format!("{:016x} ", u64::from_ne_bytes(word))
                 })
-                .collect()
+                .collect::<Vec<_>>()
+                .concat()
         };
         let story = format!(
             "{when}: {wrong} bytes differ, from {} to {} of the page; they are {}; looked at again they are {}\n  \

@@ -437,9 +437,9 @@ pub(crate) fn forks(me: &mut Me, raw_ones: bool) {
             let slot = (0..=LIVING).find(|slot| living.iter().all(|(used, _)| used != slot));
             let slot = slot.expect("fewer live than there are slots");
             let report = &reports[slot * WORDS..(slot + 1) * WORDS];
-            report
-                .iter()
-                .for_each(|word| word.store(0, Ordering::SeqCst));
+            for word in report {
+                word.store(0, Ordering::SeqCst);
+            }
             let life = match me.random.below(20) {
                 0 => Duration::from_secs(3600),
                 1..=3 => Duration::from_millis(me.random.below(2000) as u64),

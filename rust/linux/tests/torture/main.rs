@@ -25,6 +25,14 @@
 //! # Enough?
 //! A run in which little was merged, broken or forked has proved nothing: it fails, too.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::similar_names,
+    clippy::type_complexity,
+    reason = "small numbers of a test, as arguments of system calls and for counting"
+)]
+
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -250,7 +258,7 @@ fn torture(wanted: &Wanted) {
             let live = move || {
                 let mut me = Me::new(world, name, number);
                 let lived = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    life(&mut me, number)
+                    life(&mut me, number);
                 }));
                 if let Err(panic) = lived {
                     let text = panic.downcast_ref::<String>().cloned();

@@ -117,39 +117,34 @@ pub(crate) fn discard(me: &mut Me) {
         let claim = Claim::wait(me, number, page, pages);
         claim.verify(me, "before it is given back");
         let zeroes = vec![0; claim.len()];
-        match engines::registered(arena, &parts, page) {
-            Some(engine) => {
-                me.begin("discard", number, page, pages, engine as u64);
-                let done = me.world.engines[engine]
-                    .engine
-                    .discard(claim.at(), claim.len());
-                match done {
-                    Ok(()) => {
-                        me.count("discards", 1);
-                        me.count("pages discarded", pages as u64);
-                        claim.expect(0, &zeroes);
-                    }
-                    // The kernel discards nothing that is locked, and somebody locks pages here.
-                    Err(Error::Os { source, .. })
-                        if source.raw_os_error() == Some(libc::EINVAL) =>
-                    {
-                        me.count("error: discard: EINVAL", 1);
-                        adopt_zeroes(me, &claim);
-                    }
-                    Err(error) => me.fail(number, page, &format!("discard: {error}")),
+        if let Some(engine) = engines::registered(arena, &parts, page) {
+            me.begin("discard", number, page, pages, engine as u64);
+            let done = me.world.engines[engine]
+                .engine
+                .discard(claim.at(), claim.len());
+            match done {
+                Ok(()) => {
+                    me.count("discards", 1);
+                    me.count("pages discarded", pages as u64);
+                    claim.expect(0, &zeroes);
                 }
-                claim.verify(me, "discarded");
+                // The kernel discards nothing that is locked, and somebody locks pages here.
+                Err(Error::Os { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                    me.count("error: discard: EINVAL", 1);
+                    adopt_zeroes(me, &claim);
+                }
+                Err(error) => me.fail(number, page, &format!("discard: {error}")),
             }
-            None => {
-                // What was written after merging may still lie over a frame's place, and then shows that
-                // (docs/design.md): so nothing is known until it is written.
-                me.begin("MADV_DONTNEED", number, page, pages, 0);
-                let done = os::advise(claim.at(), claim.len(), libc::MADV_DONTNEED);
-                tell(me, "MADV_DONTNEED", &done);
-                claim.expect(0, &zeroes);
-                raw::copy_in(claim.at(), &zeroes);
-                claim.verify(me, "given back and cleared");
-            }
+            claim.verify(me, "discarded");
+        } else {
+            // What was written after merging may still lie over a frame's place, and then shows that
+            // (docs/design.md): so nothing is known until it is written.
+            me.begin("MADV_DONTNEED", number, page, pages, 0);
+            let done = os::advise(claim.at(), claim.len(), libc::MADV_DONTNEED);
+            tell(me, "MADV_DONTNEED", &done);
+            claim.expect(0, &zeroes);
+            raw::copy_in(claim.at(), &zeroes);
+            claim.verify(me, "given back and cleared");
         }
         for page in page..page + pages {
             claim.set_home(page, 0);

@@ -196,8 +196,8 @@ pub(crate) fn read(me: &mut Me) {
     while !me.is_over() {
         let from = me.random.below(SEQUENCE_PAGES);
         me.begin("sequences", usize::MAX, from, 32, 0);
-        for page in from..(from + 32).min(SEQUENCE_PAGES) {
-            me.world.sequences.check(me, page, &mut last[page]);
+        for (page, last) in last.iter_mut().enumerate().skip(from).take(32) {
+            me.world.sequences.check(me, page, last);
             me.count("bytes verified", page_size() as u64);
         }
         me.pause(2000);

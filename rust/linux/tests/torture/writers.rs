@@ -546,10 +546,7 @@ pub(crate) fn ring(me: &mut Me) {
             me.rest(500);
             continue;
         };
-        let number = loop {
-            let (number, _) = anywhere(me, By::Device);
-            break number;
-        };
+        let (number, _) = anywhere(me, By::Device);
         let arena = &me.world.arenas[number];
         let first = arena.pages - PINNABLE + me.random.below(PINNABLE - 8);
         // Claimed, because a merge without a barrier must not meet it half done.
@@ -590,7 +587,7 @@ pub(crate) fn ring(me: &mut Me) {
             put(&file, bounce, bytes);
             claim.expect(offset, bytes);
             let got = ring.read_fixed(file.as_raw_fd(), 0, claim.at() + offset, len as u32, 0);
-            assert_eq!(got, len as i32, "a fixed read");
+            assert_eq!(usize::try_from(got), Ok(len), "a fixed read");
             claim.verify(me, "after a fixed read");
             me.count("writes", 1);
             me.count("bytes written", len as u64);
