@@ -483,7 +483,7 @@ impl LinuxSpace {
         let Some(uffd) = self
             .uffd
             .as_ref()
-            .filter(|_| !self.windows.unclosed.is_empty())
+            .filter(|uffd| !self.windows.unclosed.is_empty() && !uffd.is_ended())
         else {
             return Ok(());
         };
@@ -558,10 +558,42 @@ impl LinuxSpace {
     /// userfaultfd's when it is registered again. Where it fails because nothing is registered there any
     /// more, there is nothing left to do.
     pub(crate) fn untrack_again(&mut self) {
+        self.open_again();
+        if let Some(watches) = &mut self.watches {
+            watches.end_again();
+        }
         if let Some(uffd) = &self.uffd {
             self.still_tracked
                 .retain(|span| uffd.unregister(*span).is_err() && is_mapped(*span));
         }
+    }
+
+    /// A window had to end the userfaultfd, because nothing else would have let its waiters go on: begins
+    /// anew with another one, if that can be had by now.
+    fn open_again(&mut self) {
+        if !self.uffd.as_ref().is_some_and(Userfaultfd::is_ended) {
+            return;
+        }
+        let can = capabilities();
+        let mut features = Features::WP | Features::WP_UNPOPULATED;
+        if can.write_tracking {
+            features = features | Features::WP_ASYNC;
+        }
+        if self.moves {
+            features = features | Features::MOVE;
+        }
+        let Ok(uffd) = barrier::open_uffd(self.barrier, features) else {
+            return;
+        };
+        self.windows.begin_anew();
+        self.still_tracked.clear();
+        for region in self.regions.values_mut() {
+            if std::mem::take(&mut region.tracked) {
+                // Where it fails, digests decide.
+                let _ = track(region, &uffd, self.page);
+            }
+        }
+        self.uffd = Some(uffd);
     }
 
     /// Drops a region: its memory is no longer ours to touch.

@@ -30,6 +30,7 @@ use crate::handoff::{Helping, Shut};
 use crate::sys::Span;
 use crate::sys::bare::Thread;
 use crate::sys::live::Live;
+use crate::sys::mapping::is_mapped;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::phase::{Phase, enter};
 use crate::sys::thread::spawn_helper;
@@ -103,6 +104,8 @@ pub(crate) struct Watches {
     resting: HashMap<usize, Instant>,
     /// When the last watch began.
     begun: Option<Instant>,
+    /// Runs that are still registered although their watch has ended.
+    left: Vec<Span>,
     page: usize,
 }
 
@@ -127,6 +130,7 @@ impl Watches {
             pages: HashMap::new(),
             resting: HashMap::new(),
             begun: None,
+            left: Vec::new(),
             page,
         })
     }
@@ -234,11 +238,25 @@ impl Watches {
     pub(crate) fn end(&mut self, run: Live) {
         let _phase = enter(Phase::Watch);
         if self.uffd.unregister(run.span()).is_err() {
+            self.left.push(run.span());
             // No room to split a mapping. Without protection the registration does nothing.
             let _ = self.uffd.unprotect(run.span(), Wake::Now);
         }
         let _ = self.uffd.wake(run.span());
         self.forget(run.span());
+    }
+
+    /// Lets go of runs whose registration could not be taken away when their watch ended: they would be
+    /// refused as another userfaultfd's when they are registered again.
+    pub(crate) fn end_again(&mut self) {
+        let (uffd, pages, page) = (&self.uffd, &self.pages, self.page);
+        self.left.retain(|span| {
+            // What is watched again is registered by right.
+            let watched = (span.start..span.end())
+                .step_by(page)
+                .any(|at| pages.contains_key(&at));
+            !watched && uffd.unregister(*span).is_err() && is_mapped(*span)
+        });
     }
 
     /// These pages are mapped over: nothing is left to end.

@@ -241,6 +241,17 @@ impl Windows {
         })
     }
 
+    /// The userfaultfd that staging was registered with is gone, and every run is out of it.
+    pub(crate) fn begin_anew(&mut self) {
+        self.clean = false;
+        if let Some(old) = self.staging.take() {
+            // Those addresses are never used again, as in [`Windows::run`].
+            let _ = old.advise(Advice::DontNeed);
+            let _ = old.into_span();
+        }
+        self.unclosed.clear();
+    }
+
     /// Makes room for noting runs again, outside of windows.
     pub(crate) fn reserve_unclosed(&mut self) {
         let room = UNCLOSED.max(self.unclosed.len());
@@ -437,7 +448,7 @@ impl OpenWindow<'_> {
         };
         if uffd.unregister(span).is_err() {
             // Where registering is forbidden nothing was registered.
-            if !stop.errno().is_forbidden() {
+            if !stop.errno().is_forbidden() && !uffd.is_ended() {
                 self.note_unclosed(span);
             }
         } else if tracked {
@@ -734,6 +745,7 @@ impl OpenWindow<'_> {
                 match stop_waiting(uffd, span, tracked) {
                     Ok(()) => {}
                     Err(stop) if stop.errno().is_forbidden() => ended = true,
+                    Err(_) if uffd.is_ended() => {}
                     Err(_) => self.note_unclosed(span),
                 }
             }
@@ -741,7 +753,7 @@ impl OpenWindow<'_> {
         }
         let span = self.live(run.first, run.pages).span();
         let woken = (0..READING_TRIES).any(|_| uffd.wake(span).is_ok());
-        if ended || !woken {
+        if (ended || !woken) && !uffd.is_ended() {
             // Somebody may wait here for ever, and nothing else is left that would let him go on. No
             // window opens after this, and writes are not tracked any more.
             let _ = (0..READING_TRIES).any(|_| uffd.end(self.pagemap).is_ok());

@@ -19,6 +19,9 @@ use crate::hash::PageHasher;
 use pagemerge_core::Digest;
 use std::cmp::Ordering;
 
+/// How often the kernel is asked to let children have a page.
+const INHERITING_TRIES: u32 = 100;
+
 /// Memory that stays mapped until its region is dropped, by the promise of whoever registered it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Live(Span);
@@ -207,10 +210,14 @@ impl Live {
         // SAFETY: the place is empty, and promised to be its owner's; nobody uses staging, which stays
         // mapped.
         unsafe { mapping::relocate_pages(from, self.0.start) }?;
-        // SAFETY: changes no byte.
-        let inherited = unsafe { mapping::advise(self.0, Advice::DoFork) };
-        // It was the whole of a mapping a moment ago, so this needs no room.
-        let _ = inherited;
+        // It was the whole of a mapping a moment ago, so this needs no room. A child without the page
+        // would end where it touches it.
+        for _ in 0..INHERITING_TRIES {
+            // SAFETY: changes no byte.
+            if unsafe { mapping::advise(self.0, Advice::DoFork) }.is_ok() {
+                break;
+            }
+        }
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use super::{
     Call, Descriptor, Errno, IOCTL_NONE, IOCTL_READ, IOCTL_READ_WRITE, Progress, Span, asked,
     checked, checked_once, ioctl, ioctl_number, ioctl_request, outcomes, page_size, to_usize,
 };
+use std::cell::Cell;
 use std::mem::{offset_of, size_of};
 use std::ops::BitOr;
 use std::os::fd::RawFd;
@@ -279,6 +280,8 @@ pub(crate) enum Wake {
 #[derive(Debug)]
 pub(crate) struct Userfaultfd {
     fd: Descriptor,
+    /// [`Userfaultfd::end`] has put something else in its place.
+    ended: Cell<bool>,
 }
 
 impl Userfaultfd {
@@ -289,7 +292,8 @@ impl Userfaultfd {
     pub(crate) fn open(source: Source, features: Features) -> Result<Self, OpenStop> {
         let fd = Self::bare(source)?;
         Self::handshake(&fd, features).map_err(OpenStop::decode)?;
-        Ok(Self { fd })
+        let ended = Cell::new(false);
+        Ok(Self { fd, ended })
     }
 
     /// Which features this kernel has.
@@ -583,8 +587,14 @@ impl Userfaultfd {
             // SAFETY: both numbers are of this thread's table, and their owners are borrowed. `self`
             // closes what its number refers to in the end, which is a second handle of `other`'s file.
             i64::from(unsafe { libc::dup3(other.raw(), self.raw(), libc::O_CLOEXEC) })
-        })
-        .map(drop)
+        })?;
+        self.ended.set(true);
+        Ok(())
+    }
+
+    /// Whether [`end`](Self::end) has ended it: nothing is registered with it any more.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.get()
     }
 
     /// A second handle, for a helper thread.
