@@ -103,7 +103,7 @@ fuzz: fuzz-tools ## Fuzz for SECONDS (1200) each target, or TARGET only: core_mo
 	@# What is new goes beside the build; make fuzz-keep brings it back. What fails is in fuzz/artifacts.
 	for target in $(TARGET); do \
 	  mkdir -p $(OUT)/fuzz/corpus/$$target; \
-	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) --features python $$target \
+	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) $$([ $$target = settings ] && echo "--features python") $$target \
 	    $(abspath $(OUT))/fuzz/corpus/$$target $(abspath fuzz)/corpus/$$target -- \
 	    -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=120 -print_final_stats=1; \
 	done
@@ -112,7 +112,7 @@ fuzz: fuzz-tools ## Fuzz for SECONDS (1200) each target, or TARGET only: core_mo
 fuzz-keep: fuzz-tools ## Make the committed inputs the fewest that reach what all inputs reach
 	for target in $(TARGET); do \
 	  rm -rf $(OUT)/fuzz/fewest && mkdir -p $(OUT)/fuzz/fewest $(OUT)/fuzz/corpus/$$target; \
-	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) --features python $$target \
+	  $(FUZZ) run --fuzz-dir fuzz -s $(SANITIZER) $$([ $$target = settings ] && echo "--features python") $$target \
 	    $(abspath $(OUT))/fuzz/fewest $(abspath $(OUT))/fuzz/corpus/$$target $(abspath fuzz)/corpus/$$target -- \
 	    -merge=1 -max_len=1024 -set_cover_merge=1 -use_value_profile=0; \
 	  rm -rf fuzz/corpus/$$target && mkdir fuzz/corpus/$$target; \
