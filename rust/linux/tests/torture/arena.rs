@@ -302,11 +302,12 @@ impl Claim {
                 .chunks(8)
                 .take(8)
                 .map(|word| {
-                    let word = word.try_into().expect("a sector has whole words");
-                    format!("{:016x} ", u64::from_ne_bytes(word))
+                    let mut whole = [0; 8];
+                    whole[..word.len()].copy_from_slice(word);
+                    format!("{:016x}", u64::from_le_bytes(whole))
                 })
                 .collect::<Vec<_>>()
-                .concat()
+                .join(" ")
         };
         let story = format!(
             "{when}: {wrong} bytes differ, from {} to {} of the page; they are {}; looked at again they are {}\n  \

@@ -224,16 +224,16 @@ impl Knowledge {
                     first_difference(at, |index| word_of(own(self.seed, known, page), index))
                 };
                 bytes += page_size() as u64;
-                let Some((word, seen, right)) = wrong else {
+                let Some((index, there, right)) = wrong else {
                     continue;
                 };
                 if known == SHADOW && self.kind == Kind::Raw && what == 1 && is_zero(at) {
                     self.known[number][page] = UNKNOWN;
                     self.add(ZEROES, 1);
                 } else if known == SHADOW {
-                    return Err(self.fail(what, number, page, word, seen, right));
+                    return Err(self.fail(what, number, page, index, there, right));
                 } else {
-                    return Err(self.fail(4, number, page, word, seen, right));
+                    return Err(self.fail(4, number, page, index, there, right));
                 }
             }
         }

@@ -27,10 +27,9 @@
 
 #![allow(
     clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
     clippy::cast_sign_loss,
-    clippy::similar_names,
-    clippy::type_complexity,
-    reason = "small numbers of a test, as arguments of system calls and for counting"
+    reason = "system call arguments and results are registers"
 )]
 
 #[path = "../support/mod.rs"]
@@ -225,14 +224,14 @@ fn torture(wanted: &Wanted) {
     let seconds = wanted.seconds.unwrap_or(SHORT);
     println!("figure: seed {seed}");
     let parts = parts();
-    let known = |list: &[String]| {
+    let must_exist = |list: &[String]| {
         let strange = list
             .iter()
             .find(|name| parts.iter().all(|(known, ..)| known != name));
         assert!(strange.is_none(), "there is no actor {strange:?}");
     };
-    known(&wanted.only);
-    known(&wanted.without);
+    must_exist(&wanted.only);
+    must_exist(&wanted.without);
     let world: &'static World = Box::leak(Box::new(World::new(
         seed,
         wanted.again(seed, seconds),
@@ -255,19 +254,19 @@ fn torture(wanted: &Wanted) {
     for (name, count, life) in parts {
         let life: &'static _ = Box::leak(life);
         for number in 0..if wanted.takes_part(name) { count } else { 0 } {
-            let live = move || {
+            let whole_life = move || {
                 let mut me = Me::new(world, name, number);
-                let lived = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                     life(&mut me, number);
                 }));
-                if let Err(panic) = lived {
+                if let Err(panic) = ended {
                     let text = panic.downcast_ref::<String>().cloned();
                     let text =
                         text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
                     me.fail(usize::MAX, 0, &text.unwrap_or_default());
                 }
             };
-            let thread = thread::Builder::new().name(name.into()).spawn(live);
+            let thread = thread::Builder::new().name(name.into()).spawn(whole_life);
             actors.push(thread.expect("a thread"));
         }
     }

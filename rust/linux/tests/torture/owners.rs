@@ -199,11 +199,11 @@ pub(crate) fn free(me: &mut Me) {
             claim.expected(0, &mut old);
             raw::copy_out(claim.at(), &mut seen);
             old[1024..1032].copy_from_slice(&word);
-            let mut cleared = [0; 4096];
-            cleared[1024..1032].copy_from_slice(&word);
-            if seen == cleared {
+            let mut empty = [0; 4096];
+            empty[1024..1032].copy_from_slice(&word);
+            if seen == empty {
                 me.count("pages that MADV_FREE took", 1);
-                claim.expect(0, &cleared);
+                claim.expect(0, &empty);
             } else {
                 claim.expect(1024, &word);
             }
@@ -260,7 +260,7 @@ pub(crate) fn movers(me: &mut Me) {
         let claim = Claim::wait(me, number, 0, arena.pages);
         me.begin("unregister to move", number, 0, arena.pages, 0);
         let how = me.random.below(5);
-        let mut zeroed = false;
+        let mut cleared = false;
         let engine = &me.world.engines[PLAIN].engine;
         claim.verify(me, "before it moves");
         for part in 0..PARTS {
@@ -305,7 +305,7 @@ pub(crate) fn movers(me: &mut Me) {
                 call(libc::SYS_munmap, &[arena.at(0), len]).expect("our own memory");
                 arena.moved_to(raw::map_anywhere(len));
                 me.count("munmap", 1);
-                zeroed = true;
+                cleared = true;
             }
             _ => {
                 // It was discarded before it was unregistered: so `madvise` gives zeroes.
@@ -315,10 +315,10 @@ pub(crate) fn movers(me: &mut Me) {
                 }
                 let done = os::advise(arena.at(0), len, libc::MADV_DONTNEED);
                 tell(me, "MADV_DONTNEED", &done);
-                zeroed = true;
+                cleared = true;
             }
         }
-        if zeroed {
+        if cleared {
             let zeroes = vec![0; page_size()];
             for page in 0..arena.pages {
                 raw::copy_in(arena.shadow_of(page), &zeroes);

@@ -10,7 +10,7 @@ use crate::support::raw;
 use crate::support::ring::Ring;
 use crate::world::Me;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::{Duration, Instant};
@@ -35,6 +35,9 @@ pub(crate) enum Wrote {
     Late,
 }
 
+/// Writes bytes to a claimed page, from an offset on.
+type Write<'a> = &'a mut dyn FnMut(&mut Me, &Claim, usize, &[u8]) -> Wrote;
+
 /// A random page of an arena that `by` may write to.
 pub(crate) fn anywhere(me: &mut Me, by: By) -> (usize, usize) {
     let arenas = &me.world.arenas;
@@ -52,12 +55,7 @@ pub(crate) fn anywhere(me: &mut Me, by: By) -> (usize, usize) {
 }
 
 /// One visit of a writer: takes a sector away from its class, or brings the oldest one home.
-pub(crate) fn visit(
-    me: &mut Me,
-    what: &'static str,
-    by: By,
-    write: &mut dyn FnMut(&mut Me, &Claim, usize, &[u8]) -> Wrote,
-) {
+pub(crate) fn visit(me: &mut Me, what: &'static str, by: By, write: Write<'_>) {
     let home = me.away.len() >= AWAY || !me.away.is_empty() && me.chance(30);
     let (number, page, sectors) = if home {
         me.away.pop_front().expect("looked at just now")
@@ -123,12 +121,7 @@ pub(crate) fn visit(
     me.done();
 }
 
-fn live(
-    me: &mut Me,
-    what: &'static str,
-    by: By,
-    write: &mut dyn FnMut(&mut Me, &Claim, usize, &[u8]) -> Wrote,
-) {
+fn live(me: &mut Me, what: &'static str, by: By, write: Write<'_>) {
     while !me.is_over() {
         visit(me, what, by, write);
         me.pause(1500);
