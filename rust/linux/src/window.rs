@@ -799,15 +799,15 @@ impl OpenWindow<'_> {
                         return;
                     }
                 }
-                // The owner has unmapped it, or mapped something else there, or the process is
-                // ending: nobody misses it.
-                Some(FillStop::Missing | FillStop::WrongMapping | FillStop::Exiting) => {
+                // The owner has unmapped it, or mapped something else there: nobody misses it.
+                Some(FillStop::Missing | FillStop::WrongMapping) => {
                     refused += 1;
                     if refused == RETURNING_TRIES || !mapping::is_mapped(home) {
                         return;
                     }
                 }
-                Some(FillStop::Other(errno)) if errno.is_forbidden() => {
+                // Forbidden; or "the process is ending", which this thread would not live to see.
+                Some(stop) if stop == FillStop::Exiting || stop.errno().is_forbidden() => {
                     refused += 1;
                     if refused >= READING_TRIES && live.carry_back(staging, at * self.page).is_ok()
                     {

@@ -96,7 +96,11 @@ pub(super) fn plans_for(site: Site, passes: u64) -> Vec<Plan> {
         plans.extend(uses.iter().map(|(skip, times)| {
             // A call that is interrupted for ever is never made; and where the last way out is shut,
             // whoever waits waits for as long as it is.
-            let times = if *errno == libc::EINTR || call == "HelperDup" {
+            // And a copy that says for ever that the place is gone says that its owner gave it up.
+            let gone = call == "UffdCopy" && [libc::ENOENT, libc::EINVAL].contains(errno);
+            let times = if gone || site == ("MadviseFork", "WindowClose") {
+                (*times).min(50)
+            } else if *errno == libc::EINTR || call == "HelperDup" {
                 (*times).min(5)
             } else {
                 *times
@@ -287,7 +291,7 @@ const SHARES: usize = 12;
 
 /// Longer than one process takes for its share; after that it counts as hanging.
 fn limit() -> Duration {
-    Duration::from_secs(if wants_all() { 3000 } else { 300 })
+    Duration::from_secs(if wants_all() { 3000 } else { 600 })
 }
 
 /// Processes for each world that run all of them: engines that have panicked are kept, so one process
