@@ -245,6 +245,7 @@ fn torture(wanted: &Wanted) {
     let mut me = Me::new(world, "main", 0);
     engines::register_all(&mut me);
     let shared = engines::register_shared(world);
+    me.done();
     for lead in &world.engines {
         if lead.background {
             lead.engine.start().expect("a barrier");
