@@ -371,7 +371,7 @@ impl EngineState {
         let id = self.region(handle)?;
         self.has_room_to_unmerge(&[id])?;
         // What the owner did to this memory since another region was un-merged is to be seen.
-        self.space.survey_anew();
+        self.space.survey_for_unregistering();
         self.unmerge_region(handle, id)
     }
 
@@ -561,7 +561,6 @@ impl EngineState {
     /// Un-merges everything. What cannot be un-merged stays merged, and the engine with it.
     fn close(&mut self) -> Result<(), Error> {
         let _phase = enter(Phase::Close);
-        self.due = None;
         let all: Vec<(RegionHandle, RegionId)> = self
             .regions
             .values()

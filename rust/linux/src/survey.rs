@@ -75,6 +75,13 @@ impl Survey {
         (took * 50).min(at_most).max(took * SHARE)
     }
 
+    /// Whether the last list took long to read and is still young enough for its share.
+    pub(crate) fn still_serves(&self) -> bool {
+        self.last
+            .as_ref()
+            .is_some_and(|it| it.took > CHEAP && it.at.elapsed() < it.took * SHARE)
+    }
+
     /// How old a list may be where `at_least` is wanted.
     pub(crate) fn patience(&self, at_least: Duration) -> Duration {
         let costly = self

@@ -54,6 +54,9 @@ pub(crate) const MAX_PAGES: usize = 512;
 /// Mappings that one window makes at most.
 const MAX_MAPPINGS: usize = 32;
 
+/// Pages of staging that are wiped at once.
+const WIPED_AT_ONCE: usize = 16;
+
 /// How often a move is tried again that met something in staging.
 const MOVING_TRIES: u32 = 8;
 /// How often the page tables are asked before not knowing is accepted.
@@ -339,7 +342,11 @@ impl Windows {
         {
             // Leftovers would be taken for pages that have been moved there, and an old translation
             // for a page that is not there any more.
-            if !self.staging.as_ref().is_some_and(wipe) {
+            if !self
+                .staging
+                .as_ref()
+                .is_some_and(|old| wipe(old, self.page))
+            {
                 let Ok(fresh) = new_staging(self.page, uffd) else {
                     return;
                 };
@@ -881,11 +888,17 @@ fn new_staging(page: usize, uffd: &Userfaultfd) -> io::Result<Mapping> {
 
 /// Empties staging, and has every processor forget what it knew of it. What lies there is nobody's: a
 /// frame is mapped in its place, or it is back. Only a page that is taken away makes the kernel flush
-/// the translation of its address, so first there must be one everywhere.
-fn wipe(staging: &Mapping) -> bool {
-    [Advice::DontNeed, Advice::PopulateWrite, Advice::DontNeed]
-        .into_iter()
-        .all(|advice| staging.advise(advice).is_ok())
+/// the translation of its address, so there must be one everywhere first; a few at a time, because
+/// this may be near a memory limit.
+fn wipe(staging: &Mapping, page: usize) -> bool {
+    staging.advise(Advice::DontNeed).is_ok()
+        && (0..MAX_PAGES).step_by(WIPED_AT_ONCE).all(|first| {
+            let part = staging.span().page_run(first, WIPED_AT_ONCE);
+            debug_assert_eq!(part.len, WIPED_AT_ONCE * page);
+            [Advice::PopulateWrite, Advice::DontNeed]
+                .into_iter()
+                .all(|advice| staging.advise_part(part, advice).is_ok())
+        })
 }
 
 /// Nothing is there: neither a page nor one in swap.

@@ -946,10 +946,10 @@ fn merging_short_of_memory() {
     let used = fs::read_to_string(format!("{path}/memory.usage_in_bytes")).expect("a figure");
     let used: u64 = used.trim().parse().expect("a number");
     let limit = format!("{path}/memory.limit_in_bytes");
-    fs::write(&limit, (used + (64 << 10)).to_string()).expect("a lower limit");
+    fs::write(&limit, (used + (2 << 20)).to_string()).expect("a lower limit");
     let stats = scan(&engine);
     println!(
-        "figure: 64 KiB below the limit: {} merged, {:?}",
+        "figure: 2 MiB below the limit: {} merged, {:?}",
         stats.core.pages_merged,
         reasons(&stats)
     );

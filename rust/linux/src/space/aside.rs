@@ -171,6 +171,14 @@ impl LinuxSpace {
         region.surveyed = Some(read.map_or_else(Instant::now, |(_, at)| at));
     }
 
+    /// What the owner did to a region since another one was un-merged is to be seen, unless looking
+    /// takes so long that ten thousand regions would not end in any time.
+    pub(crate) fn survey_for_unregistering(&mut self) {
+        if !self.survey.still_serves() {
+            self.survey_anew();
+        }
+    }
+
     /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
     /// this pass, or this un-merging; and a call keeps what was changed before it.
     pub(crate) fn survey_anew(&mut self) {

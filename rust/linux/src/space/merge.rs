@@ -12,6 +12,9 @@ use crate::window::{Hold, Job, Target, Verdict};
 use pagemerge_core::{Attempt, PageId, Reason, Request};
 use std::time::Instant;
 
+/// Memory that new frames do not take: the kernel's own needs for them come out of it.
+const KEPT_FREE_BYTES: u64 = 1 << 20;
+
 /// A request to merge one page, on its way through windows.
 pub(super) struct Item {
     pub(super) job: Job,
@@ -58,14 +61,25 @@ impl LinuxSpace {
         }
         self.frames.begin_batch()?;
         wanted.sort_unstable();
+        // Frames take memory before their pages give any back. At a group's limit, one too many would
+        // bring in the OOM killer.
+        let mut affordable = self.headroom.map_or(usize::MAX, |(bytes, _)| {
+            let frames = bytes.saturating_sub(KEPT_FREE_BYTES) / self.page as u64;
+            usize::try_from(frames).unwrap_or(usize::MAX)
+        });
         let mut rest = wanted.as_slice();
         while let Some(&(first, at)) = rest.first() {
+            if affordable == 0 {
+                outcomes[at] = Attempt::Refused(Reason::NoMemory);
+                rest = &rest[1..];
+                continue;
+            }
             let Some((region, index)) = self.region_of(first) else {
                 outcomes[at] = Attempt::Gone;
                 rest = &rest[1..];
                 continue;
             };
-            let room = region.pages() - index;
+            let room = affordable.min(region.pages() - index);
             let run = (1..rest.len().min(room))
                 .find(|&n| rest[n].0.0 != first.0 + u32::try_from(n).unwrap_or(u32::MAX))
                 .unwrap_or_else(|| rest.len().min(room));
@@ -85,6 +99,7 @@ impl LinuxSpace {
                 }
             };
             let done = wrote.map_or(0, |(_, done)| done);
+            affordable -= done as usize;
             for (n, &(page, at)) in rest[..run].iter().enumerate() {
                 let n = u32::try_from(n).expect("a batch is small");
                 let slot = match wrote {
