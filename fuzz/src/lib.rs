@@ -8,7 +8,6 @@ pub mod rbtree;
 #[cfg(feature = "python")]
 pub mod settings;
 
-#[allow(dead_code, reason = "each target uses a part of it")]
 #[path = "../../rust/core/tests/support/toy.rs"]
 mod toy;
 
