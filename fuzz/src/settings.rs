@@ -16,12 +16,25 @@ unsafe extern "C" {
     fn PyInit__core() -> *mut ffi::PyObject;
 }
 
+/// Finds the bindings under the name that the package has for them, which is one inside of it: built-in
+/// modules are looked for by themselves only.
+const FINDER: &std::ffi::CStr = c"
+import importlib.machinery, importlib.util, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == 'pagemerge._core':
+            return importlib.util.spec_from_loader(name, importlib.machinery.BuiltinImporter)
+sys.meta_path.insert(0, Finder)
+";
+
 fn driver() -> &'static Py<PyAny> {
     static RUN: OnceLock<Py<PyAny>> = OnceLock::new();
     RUN.get_or_init(|| {
         // SAFETY: no interpreter has started; the name lives for ever, and the function is what
         // an interpreter wants to find behind such a name: the bindings' own macro made it.
-        let status = unsafe { ffi::PyImport_AppendInittab(c"_core".as_ptr(), Some(PyInit__core)) };
+        let status =
+            unsafe { ffi::PyImport_AppendInittab(c"pagemerge._core".as_ptr(), Some(PyInit__core)) };
         assert_eq!(status, 0, "no room in the table of built-in modules");
         Python::initialize();
         Python::attach(start).unwrap_or_else(|error| panic!("cannot start: {error}"))
@@ -37,8 +50,7 @@ fn start(py: Python<'_>) -> PyResult<Py<PyAny>> {
     {
         sys.getattr("path")?.call_method1("insert", (at, more))?;
     }
-    let modules = sys.getattr("modules")?;
-    modules.set_item("pagemerge._core", py.import("_core")?)?;
+    py.run(FINDER, None, None)?;
     Ok(py.import("settings_driver")?.getattr("run")?.unbind())
 }
 

@@ -10,7 +10,7 @@
 
 use crate::sys::files;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// What a process uses, in bytes, as the kernel's `smaps_rollup` counts it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -323,7 +323,7 @@ fn below(mount: &Path, root: &str, group: &str) -> PathBuf {
     let inside = Path::new(group).strip_prefix(root).unwrap_or(Path::new(""));
     let escapes = inside
         .components()
-        .any(|part| matches!(part, std::path::Component::ParentDir));
+        .any(|part| matches!(part, Component::ParentDir | Component::RootDir));
     if escapes {
         mount.to_owned()
     } else {
