@@ -22,8 +22,9 @@ import pagemerge
 NAMES = [*pagemerge.kernel_defaults(), "pages_to_scna", "", "as_dict", "ä\x00"]
 WORDS = ["digest", "content", "none", "scan-time", "quiet", "never", "always", "full", "user", "1"]
 EDGES = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64, 10**30]
-#: What may change with a setting: the advisor decides how many pages are scanned.
-ALONG = {"advisor_mode": {"pages_to_scan"}, "pages_to_scan": {"advisor_mode"}}
+#: What may change with a setting: the advisor decides how many pages are scanned, and begins with
+#: its own number.
+ALONG = {"advisor_mode": {"pages_to_scan"}, "advisor_min_pages_to_scan": {"pages_to_scan"}}
 
 
 class RaisedError(Exception):
@@ -150,7 +151,7 @@ def set_one(engine: pagemerge.Engine, name: str, new: object) -> None:
     if isinstance(new, int | str) or new is None:
         assert after[name] == new, f"{name} = {shown(new)} reads {after[name]!r}"
     changed = {key for key in after if after[key] != before[key]} - {name}
-    may = ALONG.get(name, set()) if name == "advisor_mode" else set()
+    may = ALONG.get(name, set())
     if isinstance(new, Meddler):
         may = may | {"sleep_millisecs"}
     assert changed <= may, f"{name} = {shown(new)} changed {changed}"

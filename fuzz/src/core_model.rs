@@ -145,12 +145,16 @@ pub fn run(input: &[u8]) {
     let Ok(setup) = Setup::arbitrary(&mut input) else {
         return;
     };
+    let show = std::env::var_os("PAGEMERGE_SHOW").is_some();
+    if show {
+        println!("{setup:?}");
+    }
     let mut case = Case::new(&setup);
     // (What is asked of an empty input is a zero, not an error.)
     while !input.is_empty()
         && let Ok(op) = Op::arbitrary(&mut input)
     {
-        if std::env::var_os("PAGEMERGE_SHOW").is_some() {
+        if show {
             println!("{op:?}");
         }
         case.event(&op);

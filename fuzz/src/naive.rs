@@ -568,7 +568,7 @@ impl Model {
         } in batch.drain(..)
         {
             let bytes = self.pages[&page].bytes;
-            assert_eq!(self.pages[&page].shows, Shows::Own);
+            assert_eq!(self.pages[&page].shows, Shows::Own, "page {page}");
             let item = self.item(page).expect("it has been visited");
             let same = item.hash == Some(bytes);
             assert!(!known || same, "a write that nobody told");
@@ -712,6 +712,10 @@ impl Model {
         let it = self.frames[frame].as_mut().expect("a frame that is there");
         it.listed.push(page);
         it.mapped += 1;
+        // A candidate that has been looked at may find its twin before it is visited.
+        if let Some(seen) = self.window.as_mut().and_then(|it| it.get_mut(&page)) {
+            *seen = Seen::Frame;
+        }
         let it = self.page(page);
         (it.shows, it.changed) = (Shows::Frame(frame), true);
         let broken = false;

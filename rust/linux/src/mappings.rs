@@ -29,7 +29,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::ops::BitOr;
 
 /// How the kernel calls the files that hold frames.
-const FRAMES: &str = "/memfd:pagemerge";
+pub(crate) const FRAMES: &str = "/memfd:pagemerge";
 
 /// A mapping's flags that mean something here, by their names in `VmFlags`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
