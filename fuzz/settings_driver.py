@@ -19,7 +19,7 @@ from typing import Any
 
 import pagemerge
 
-NAMES = [*pagemerge.kernel_defaults(), "pages_to_scna", "", "as_dict", "ä\x00"]
+NAMES = [*pagemerge.kernel_defaults(), "pages_to_scna", "", "as_dict", "ä"]
 WORDS = ["digest", "content", "none", "scan-time", "quiet", "never", "always", "full", "user", "1"]
 EDGES = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64, 10**30]
 #: What may change with a setting: the advisor decides how many pages are scanned, and begins with
