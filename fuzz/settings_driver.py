@@ -148,6 +148,10 @@ def set_one(engine: pagemerge.Engine, name: str, new: object) -> None:
         return
     assert known, f"{name} = {shown(new)} was accepted"
     after = engine.settings.as_dict()
+    if name == "pages_to_scan" and before["advisor_mode"] == "scan-time":
+        # The number with which the advisor began may be said again, and changes nothing.
+        assert after == before
+        return
     if isinstance(new, int | str) or new is None:
         assert after[name] == new, f"{name} = {shown(new)} reads {after[name]!r}"
     changed = {key for key in after if after[key] != before[key]} - {name}
