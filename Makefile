@@ -140,8 +140,11 @@ miri: ## The algorithm and the simulator in the Miri interpreter, where the tool
 asan: ## The Rust tests with AddressSanitizer (live memory: what runs in one process)
 	RUSTFLAGS="-Zsanitizer=address" CARGO_TARGET_DIR=$(OUT)/asan \
 	  $(UNLOCKED) test --release --target $(HOST) -p pagemerge-core -p pagemerge-sim --lib --tests
+	@# Under it mlock does nothing, locals may lie outside of the stack, and memory limits and figures are
+	@# used up by its own: tests of those are left out.
 	RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=$(OUT)/asan \
-	  $(UNLOCKED) test --release --target $(HOST) -p pagemerge-linux --lib --test smoke --test findings
+	  $(UNLOCKED) test --release --target $(HOST) -p pagemerge-linux --lib --test smoke --test findings -- \
+	  --skip each_kind_of_memory --skip mlock --skip f03 --skip f11_memory --skip f13 --skip f14
 
 .PHONY: valgrind
 valgrind: ## The algorithm's own tests in valgrind's memcheck
