@@ -245,9 +245,9 @@ def test_settings_change_although_the_advisor_begins_elsewhere() -> None:
     """No setting of an engine could be changed when the advisor was to begin with another number.
 
     ``Engine(advisor_min_pages_to_scan=60)`` refused each later assignment, to whatever setting,
-    with ``pages_to_scan must be left to the advisor while advisor_mode is scan-time, got 500``: beside
-    the scanner's settings, where the advisor's beginning had taken the default's place, a copy
-    was kept where it had not, and a change began from that one. Found by fuzzing the settings.
+    with ``pages_to_scan must be left to the advisor while advisor_mode is scan-time, got 500``:
+    beside the scanner's settings, where the advisor's beginning had taken the default's place, a
+    copy was kept where it had not, and a change began from that one. Found by fuzzing the settings.
     """
     with pagemerge.Engine(advisor_min_pages_to_scan=60) as engine:
         engine.settings.sleep_millisecs = 74
