@@ -150,8 +150,8 @@ asan: ## The Rust tests with AddressSanitizer (live memory: what runs in one pro
 valgrind: ## The algorithm's own tests in valgrind's memcheck
 	@command -v valgrind >/dev/null || { echo "make valgrind was not run: there is no valgrind" >&2; exit 1; }
 	PROPTEST_CASES=8 PAGEMERGE_SEEDS=0..4 \
-	  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite" \
-	  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite" \
+	  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite" \
+	  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite" \
 	  cargo test -p pagemerge-core --lib --tests
 
 .PHONY: build

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Inputs made from a seed, for each target.
-const MORE: u64 = 60;
+const MORE: u64 = 600;
 
 fn replay(target: &str, run: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR"))
