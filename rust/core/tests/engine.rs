@@ -737,7 +737,7 @@ fn pass_over_sparse_pages_costs_by_those_that_are_there() {
         assert_eq!(world.scanner.stats().pages_scanned, 40);
         costs
     };
-    let (short, long) = (looked(10_000), looked(100_000));
+    let (short, long) = (looked(20_000), looked(200_000));
     // A window over each page that is there, another that finds nothing, and as much for the sweep.
     assert!(short.iter().all(|&cost| cost <= 10 * 3 * 512), "{short:?}");
     assert_eq!(short, long);
