@@ -287,7 +287,7 @@ pub(super) fn check_leaks() {
 }
 
 /// Shares that one run of `make test` divides the plans into.
-const SHARES: usize = 12;
+const SHARES: usize = 60;
 
 /// Longer than one process takes for its share; after that it counts as hanging.
 fn limit() -> Duration {
