@@ -123,6 +123,16 @@ pub(crate) struct Job {
     pub(crate) verdict: Verdict,
 }
 
+impl Job {
+    pub(crate) fn new(live: Live, target: Target) -> Self {
+        Self {
+            live,
+            target,
+            verdict: Verdict::Untried,
+        }
+    }
+}
+
 /// How a page left its window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -342,11 +352,7 @@ impl Windows {
         {
             // Leftovers would be taken for pages that have been moved there, and an old translation
             // for a page that is not there any more.
-            if !self
-                .staging
-                .as_ref()
-                .is_some_and(|old| wipe(old, self.page))
-            {
+            if !self.staging.as_ref().is_some_and(wipe) {
                 let Ok(fresh) = new_staging(self.page, uffd) else {
                     return;
                 };
@@ -890,11 +896,10 @@ fn new_staging(page: usize, uffd: &Userfaultfd) -> io::Result<Mapping> {
 /// frame is mapped in its place, or it is back. Only a page that is taken away makes the kernel flush
 /// the translation of its address, so there must be one everywhere first; a few at a time, because
 /// this may be near a memory limit.
-fn wipe(staging: &Mapping, page: usize) -> bool {
+fn wipe(staging: &Mapping) -> bool {
     staging.advise(Advice::DontNeed).is_ok()
         && (0..MAX_PAGES).step_by(WIPED_AT_ONCE).all(|first| {
             let part = staging.span().page_run(first, WIPED_AT_ONCE);
-            debug_assert_eq!(part.len, WIPED_AT_ONCE * page);
             [Advice::PopulateWrite, Advice::DontNeed]
                 .into_iter()
                 .all(|advice| staging.advise_part(part, advice).is_ok())

@@ -115,11 +115,7 @@ impl LinuxSpace {
                 match self.target(slot) {
                     Ok(target) => {
                         let live = live.part(n as usize * self.page, self.page);
-                        let job = Job {
-                            live,
-                            target,
-                            verdict: Verdict::Untried,
-                        };
+                        let job = Job::new(live, target);
                         items.push(Item {
                             job,
                             request: at,
@@ -161,11 +157,7 @@ impl LinuxSpace {
             };
             match (target, self.live(page)) {
                 (Ok(target), Some(live)) => {
-                    let job = Job {
-                        live,
-                        target,
-                        verdict: Verdict::Untried,
-                    };
+                    let job = Job::new(live, target);
                     items.push(Item {
                         job,
                         request: at,

@@ -205,19 +205,23 @@ impl LinuxSpace {
         {
             return;
         }
-        let (Some(views), Some(watches)) = (views, &mut self.watches) else {
+        let (Some(views), Some(mut restore)) = (views, self.restore()) else {
             return;
         };
-        Restore {
+        restore.unbroken(live, &views, huge, done);
+        self.book_restored(live, run[0].page, done);
+    }
+
+    /// What moving pages back takes, once there are watches.
+    fn restore(&mut self) -> Option<Restore<'_>> {
+        Some(Restore {
             page: self.page,
             pagemap: &self.pagemap,
             maps: &self.maps,
             lock: &self.windows.lock,
-            watches,
+            watches: self.watches.as_mut()?,
             scanned: &mut self.scanned,
-        }
-        .unbroken(live, &views, huge, done);
-        self.book_restored(live, run[0].page, done);
+        })
     }
 
     /// Books which pages of `run`, the first of which is `first`, lie in anonymous memory again.
@@ -316,22 +320,14 @@ impl LinuxSpace {
         self.look_at_headroom();
         let left = self.headroom.map_or(u64::MAX, |(bytes, _)| bytes);
         let huge = self.region_of(first).and_then(|(region, _)| region.huge);
-        let Some(watches) = &mut self.watches else {
+        let Some(mut restore) = self.restore() else {
             return done;
         };
         if left < 4 * HEADROOM_BYTES + run.span().len as u64 {
-            watches.end(run);
+            restore.watches.end(run);
             return done;
         }
-        Restore {
-            page: self.page,
-            pagemap: &self.pagemap,
-            maps: &self.maps,
-            lock: &self.windows.lock,
-            watches,
-            scanned: &mut self.scanned,
-        }
-        .quiet(run, huge, &mut done);
+        restore.quiet(run, huge, &mut done);
         self.book_restored(run, first, &done);
         done
     }
