@@ -70,6 +70,8 @@ const UNCLOSED: usize = 4096;
 const CLOSING_PANICS: u32 = 3;
 /// How often a page is offered to a place that the kernel says is not there, though something is.
 const RETURNING_TRIES: u32 = 100;
+/// How often a page is offered to a place that refuses it before it is carried there by `mremap`.
+const CARRYING_TRIES: u32 = 1000;
 
 /// Estimates that bound how long a window holds its pages, in nanoseconds.
 const RUN_NANOS: u64 = 3_500;
@@ -774,7 +776,7 @@ impl OpenWindow<'_> {
     }
 
     /// Puts pages back from staging: at once, else page by page, else as copies, else (where no ioctl may
-    /// be called any more) by `mremap`. It does not give up while there is anywhere to put them (finding
+    /// be called any more, or waiting does not help) by `mremap`. It does not give up while there is anywhere to put them (finding
     /// F10): their readers wait rather than lose.
     fn put_back(&mut self, uffd: &Userfaultfd, staging: &Mapping, first: usize, pages: usize) {
         let moved = self
@@ -827,7 +829,18 @@ impl OpenWindow<'_> {
                         return;
                     }
                 }
-                Some(_) => {}
+                // Waiting has not helped: memory that stays short, or a kernel that denies it for a reason
+                // nobody knew of. Carrying it takes none, and cuts the mapping instead.
+                Some(_) => {
+                    refused += 1;
+                    if refused >= CARRYING_TRIES
+                        && self.pagemap.entry(home.start).is_ok_and(is_empty)
+                        && mapping::is_mapped(home)
+                        && live.carry_back(staging, at * self.page).is_ok()
+                    {
+                        return;
+                    }
+                }
             }
             process::give_way();
         }

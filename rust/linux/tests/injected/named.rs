@@ -2,7 +2,7 @@
 
 use crate::life::{EVER, PAGES, assert_reads_right, content, filled, filled_with, registered};
 use crate::random::still_right;
-use crate::sites::PROCESS_ONLY;
+use crate::sites::{PROCESS_ONLY, fail};
 use crate::support::engines::{self, engine, merge, reasons, register, scan, settings, skipped};
 use crate::support::faults::ANSWERS;
 use crate::support::os::{self, Memory, page_size};
@@ -35,6 +35,34 @@ pub(super) fn full_frame_store_is_a_reason() {
     let stats = merge(&engine);
     assert!(stats.core.pages_sharing > 0, "{:?}", reasons(&stats));
     assert_reads_right(&memory, "the memfd has room again");
+}
+
+/// What broke: a window whose pages could be put back neither by moving nor by copying (memory that
+/// stays short), for as long as that lasted, went round for ever, and so did whoever touched them. Goal:
+/// they are carried home by `mremap`.
+pub(super) fn pages_that_nothing_else_takes_back_are_carried() {
+    let memory = filled();
+    let engine = engine(Remerge::Quiet);
+    let region = register(&engine, &memory);
+    scan(&engine);
+    inject::arm("MmapFrames", libc::EPERM, 0, EVER);
+    for (call, errno) in [("UffdMove", libc::EBUSY), ("UffdCopy", libc::ENOMEM)] {
+        inject::arm_plan(&fail(call, "WindowClose", errno, 0, EVER));
+    }
+    merge(&engine);
+    inject::disarm_all();
+    let struck = |wanted: &str| -> u64 {
+        let rows = inject::table().into_iter();
+        rows.filter(|(call, phase, ..)| *call == wanted && *phase == "WindowClose")
+            .map(|(_, _, _, struck)| struck)
+            .sum()
+    };
+    assert!(struck("UffdCopy") > 0, "no copy was refused");
+    assert_reads_right(&memory, "carried");
+    let stats = merge(&engine);
+    assert!(stats.core.pages_sharing > 0, "{:?}", reasons(&stats));
+    engine.unregister(region).expect("un-merged");
+    assert_reads_right(&memory, "un-merged");
 }
 
 /// The memory that [`tear_holes`] looks at.
