@@ -336,6 +336,8 @@ struct Inbox {
     got: usize,
     settled: usize,
     unlifted: u32,
+    /// How often in a row something had come, and could not be read.
+    unread: u32,
 }
 
 impl Default for Inbox {
@@ -345,6 +347,7 @@ impl Default for Inbox {
             got: 0,
             settled: 0,
             unlifted: 0,
+            unread: 0,
         }
     }
 }
@@ -359,7 +362,7 @@ impl Inbox {
     }
 }
 
-/// So many writers in a row could not be let go on.
+/// So many writers in a row could not be let go on, or not be read of.
 const UNLIFTED: u32 = 1000;
 
 /// Lets the writers of a page go on. Says whether it could. `unlifted` counts protections that could not
@@ -383,6 +386,14 @@ fn let_go_on(uffd: &UffdHelper, at: Span, unlifted: &mut u32) -> bool {
     false
 }
 
+/// Nothing can be lifted any more: all watches end at once, since somebody waits.
+fn end_all(uffd: &UffdHelper, waker: &WakerHelper, common: &Common) {
+    while uffd.end(waker).is_err() {
+        std::thread::sleep(LOOKING);
+    }
+    common.helping.give_up();
+}
+
 /// Settles what is in the inbox, then waits for more.
 fn help_on(
     uffd: &UffdHelper,
@@ -397,18 +408,20 @@ fn help_on(
             let at = Span::new(address / page * page, page);
             let _shut = Shut::new(&common.in_window);
             if !let_go_on(uffd, at, &mut inbox.unlifted) {
-                // Nothing can be lifted any more: all watches end at once, since somebody waits.
-                while uffd.end(waker).is_err() {
-                    std::thread::sleep(LOOKING);
-                }
-                common.helping.give_up();
-                return;
+                return end_all(uffd, waker, common);
             }
         }
         inbox.settled += 1;
     }
     match uffd.wait(Some(waker), None) {
-        Ok(Ready::Events) => inbox.take(uffd),
+        Ok(Ready::Events) => {
+            inbox.take(uffd);
+            inbox.unread = if inbox.got > 0 { 0 } else { inbox.unread + 1 };
+            // (Once in a while a window has let the writer go on before he was read of.)
+            if inbox.unread > UNLIFTED {
+                end_all(uffd, waker, common);
+            }
+        }
         Ok(Ready::Woken) => waker.clear(),
         Ok(Ready::Timeout) => {}
         Err(_) => {

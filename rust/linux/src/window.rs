@@ -545,7 +545,8 @@ impl OpenWindow<'_> {
                 _ => {}
             }
             self.jobs[at].verdict = match stop {
-                MoveStop::Missing => Verdict::Absent,
+                // The page tables have just shown it there.
+                MoveStop::Missing => Verdict::Untried,
                 MoveStop::WrongMapping | MoveStop::NotSupported => Verdict::WrongMapping,
                 MoveStop::NoMemory => Verdict::NoMemory,
                 _ => Verdict::Busy,

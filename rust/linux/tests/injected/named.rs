@@ -341,6 +341,8 @@ pub(super) fn window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back
 pub(super) fn panic_of_the_helper_leaves_no_writer_waiting() {
     std::panic::set_hook(Box::new(|_| {}));
     for (call, effect) in [
+        // What broke: a helper that could not read who waits asked again and again, for ever.
+        ("UffdRead", Effect::Fail(libc::EINVAL)),
         ("Enter", Effect::PanicBefore),
         ("Poll", Effect::PanicAfter),
         ("UffdRead", Effect::PanicBefore),
@@ -370,7 +372,11 @@ pub(super) fn panic_of_the_helper_leaves_no_writer_waiting() {
             phase: Some("Helper"),
             effect,
             skip: 1,
-            times: 2,
+            times: if matches!(effect, Effect::Fail(_)) {
+                EVER
+            } else {
+                2
+            },
         });
         for &page in &broken {
             memory.fill(page, content(page));
