@@ -60,6 +60,18 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 	$(VENV)/bin/mypy python/pagemerge
 	cd $(VENV) && bin/python -m mypy.stubtest pagemerge._core --mypy-config-file ../pyproject.toml
 
+# A few minutes for each of the five; BENCH_ARGS go to the first: --mib 128 --cases runs16,unique
+.PHONY: bench
+bench: $(VENV)/.benched-with ## Everything measured beside ksmd (30 minutes; as root); docs/bench.png, .svg; BENCH_ARGS
+	mkdir -p $(OUT)/bench
+	$(PY) benches/rivals.py --json $(OUT)/bench/rivals.json --plot docs $(BENCH_ARGS)
+	$(PY) benches/latency.py --json $(OUT)/bench/latency.json
+	$(PY) benches/neighbour.py --json $(OUT)/bench/neighbour.json
+	$(PY) benches/scale.py --json $(OUT)/bench/scale.json
+	$(PY) benches/hugepages.py --json $(OUT)/bench/hugepages.json
+	$(PY) -m pytest benches --benchmark-json $(OUT)/bench/surface.json
+	cargo bench -p pagemerge-core -p pagemerge-linux
+
 .PHONY: sim
 sim: ## The seeded simulator alone; PAGEMERGE_SIM_SEED=n replays one seed
 	cargo test --release -p pagemerge-sim -- --nocapture
@@ -199,6 +211,11 @@ $(VENV)/.built: $(VENV)/.made pyproject.toml Cargo.toml $(RUST_SOURCES)
 # What tests and lint need besides, as pyproject.toml lists it.
 $(VENV)/.tested-with: $(VENV)/.built
 	$(call install_extra,test)
+	@touch $@
+
+$(VENV)/.benched-with: $(VENV)/.built
+	$(call install_extra,test)
+	$(call install_extra,bench)
 	@touch $@
 
 $(VENV)/.linted-with: $(VENV)/.built

@@ -67,7 +67,7 @@ from machine import Child, FullSpeed
 from memory import CASES, PAGE, Case
 
 #: Passes at rest and after changes, at most, and seconds on the wall that they may take together.
-REST, CHANGED, PATIENCE = 8, 4, 20.0
+REST, CHANGED, PATIENCE = 6, 3, 12.0
 LONGEST = 40
 
 RIVALS = ("pagemerge", "threads", "ksmd", "dict")

@@ -1,0 +1,62 @@
+"""The benchmarks still run: two small cases of `benches/rivals.py`, whatever their figures are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ksm_kernel
+import pytest
+
+RIVALS = Path(__file__).parent.parent / "benches" / "rivals.py"
+
+
+def _run(folder: Path, rivals: str) -> tuple[dict[str, Any], str]:
+    figures = folder / "figures.json"
+    command = [sys.executable, str(RIVALS), "--mib", "16", "--repeat", "1", "--json", str(figures)]
+    done = subprocess.run(
+        [*command, "--cases", "runs16,zero", "--rivals", rivals],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(figures.read_text()), done.stdout
+
+
+def test_rivals_measures_and_reports(tmp_path: Path) -> None:
+    measured, text = _run(tmp_path, "pagemerge,dict")
+    for case in ("runs16", "zero"):
+        [row] = measured["cases"][case]
+        ours, found = row["pagemerge"], row["dict"]
+        assert ours["pages"] == 4096
+        assert ours["cpu"] > 0 < ours["wall"]
+        assert ours["rest"]["passes"] >= 1 <= ours["changed"]["passes"]
+        assert ours["verify"]["wrong"] == 0
+        assert ours["saved_pages"] == ours["redundant"] > 1000
+        # All zero pages are one entry of a dict, and none of the zero page's users is a first one.
+        assert found["saved_pages"] == found["redundant"] - (case == "zero")
+        assert f"{case} pagemerge" in text
+        assert f"{case} at rest, pagemerge" in text
+
+
+def test_rivals_measures_ksmd(tmp_path: Path) -> None:
+    reason = ksm_kernel.why_not()
+    if reason:
+        pytest.skip(reason)
+    measured, text = _run(tmp_path, "pagemerge,ksmd")
+    if "ksmd" in measured["skipped"]:
+        # As for the parity tests: where it counts, "not run" must not look like "passed".
+        not_run = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        not_run(measured["skipped"]["ksmd"])
+    for case in ("runs16", "zero"):
+        [row] = measured["cases"][case]
+        theirs = row["ksmd"]
+        assert theirs["saved_pages"] == theirs["redundant"] == row["pagemerge"]["redundant"]
+        assert theirs["cpu"] > 0 < theirs["rest_all"]["cpu"]
+        assert theirs["verify"]["wrong"] == 0
+        assert f"{case} ksmd" in text
