@@ -29,6 +29,7 @@ from ksm_kernel import Ksm, UnavailableError, find_ksmd
 
 MAPPINGS = Path("/proc/sys/vm/max_map_count")
 STATE = ("pages_shared", "pages_sharing", "ksm_zero_pages", "pages_unshared")
+PAGE = os.sysconf("SC_PAGE_SIZE")
 LOCK = Path(tempfile.gettempdir()) / "pagemerge-tests-machine.lock"
 
 __all__ = ["Child", "FullSpeed", "UnavailableError", "ksmd_cpu", "mappings", "why_no_ksmd"]
