@@ -7,7 +7,7 @@
 
 mod support;
 
-use pagemerge_linux::core::{Reason, RunMode};
+use pagemerge_linux::core::{Reason, RunMode, Settings};
 use pagemerge_linux::{Engine, EngineSettings, EngineStats, Error, Remerge};
 use std::fs;
 use std::io::Write;
@@ -20,7 +20,7 @@ use support::engines::{
     assert_filled, engine, fill, in_frames, merge, merged_pages, reasons, register, scan, settings,
     skipped, try_register,
 };
-use support::os::{self, Memory, PRIVATE, RW, page_size};
+use support::os::{self, MachineLock, MachineSetting, Memory, PRIVATE, RW, page_size};
 use support::{Need, case, scenario, scenario_with};
 
 const CONTENTS: usize = 8;
@@ -335,12 +335,16 @@ fn at_a_limit_of_mappings(max: u64) {
 }
 
 /// The same with the kernel's own limit.
-fn low_limit_of_the_whole_machine_is_kept() {
-    let sysctl = os::Sysctl::hold("vm/max_map_count");
+fn limits_of_the_whole_machine_are_kept() {
+    let lock = MachineLock::take();
+    let setting = MachineSetting::hold(&lock, MAX_MAP_COUNT);
     for max in [1_048_576, 20_000] {
-        sysctl.set(max);
+        setting.change(&max.to_string());
         scenario_with("at_the_kernels_limit", &[("MAX", &max.to_string())])
             .end(Duration::from_secs(150))
+            .expect_success();
+        scenario("reserved_mappings_are_there_while_merging_runs")
+            .end(Duration::from_secs(400))
             .expect_success();
     }
 }
@@ -382,49 +386,69 @@ impl Drop for Mappings {
 
 /// Merging counts mappings now and then; a program that makes its own meanwhile must find those that
 /// are kept for it.
+///
+/// The program follows merging: it makes as many as merging has made since it last looked, until no more
+/// are left than the reserve, or merging has met its budget. Nothing may be refused to it before, and
+/// what it can make then must be half of the reserve, whoever was faster.
 fn reserved_mappings_are_there_while_merging_runs() {
     const RESERVED: u64 = 6000;
+    /// Views of frames and the like, which are not counted beforehand.
+    const SLACK: u64 = 100;
+    /// With so many mappings, merging meets any budget in some seconds.
+    const ENOUGH: u64 = 65_530;
+    let max: u64 = fs::read_to_string(MAX_MAP_COUNT)
+        .expect("the limit can be read")
+        .trim()
+        .parse()
+        .expect("a number");
+    let reserved = RESERVED + max.saturating_sub(ENOUGH);
     let memory = Memory::new(120_000);
     fill_scattered(&memory);
     let engine = Engine::new(EngineSettings {
-        reserved_mappings: Some(RESERVED),
+        // In steps, so that the program gets its turns.
+        scan: Settings {
+            pages_to_scan: 1000,
+            sleep_millisecs: 1,
+            ..settings().scan
+        },
+        reserved_mappings: Some(reserved),
         ..settings()
     })
     .expect("an engine");
     register(&engine, &memory);
     scan(&engine);
+    let count = || os::map_count() as u64;
+    let small = |figure: u64| usize::try_from(figure).expect("a figure of mappings");
+    let met = || skipped(&engine.stats().expect("stats"), Reason::MappingBudget) > 0;
+    let mut own = Mappings(Vec::with_capacity(small(2 * ENOUGH)));
+    let (mut seen, mut short) = (count(), 0);
     engine.start().expect("merging runs");
-    // While it merges, in bites; then, when it can merge no more, the rest.
-    let mut own = Mappings(Vec::with_capacity(40_000));
-    let mut short = 0;
-    while own.0.len() < 20_000 {
-        short += 500 - own.take(500);
-        thread::sleep(Duration::from_millis(30));
+    while !met() {
+        let now = count();
+        let room = (max - reserved).saturating_sub(now + SLACK);
+        if room == 0 {
+            break;
+        }
+        let bite = small(now.saturating_sub(seen).min(room));
+        short += bite - own.take(bite);
+        seen = now + bite as u64;
+        thread::sleep(Duration::from_millis(1));
     }
     let meanwhile = own.0.len();
-    os::wait_for("merging to have used up its budget", || {
-        thread::sleep(Duration::from_millis(100));
-        skipped(&engine.stats().expect("stats"), Reason::MappingBudget) > 0
-    });
+    os::wait_for("merging to have used up its budget", met);
     let at_rest = os::map_count();
-    let got = own.take(usize::try_from(RESERVED).expect("small"));
+    let wanted = small((reserved / 2).min(ENOUGH));
+    let got = own.take(wanted);
     let stats = engine.stats().expect("stats");
     println!(
-        "figure: {meanwhile} mappings made while merging took {}, then at {at_rest} another {got}, {:?}",
+        "figure: {meanwhile} mappings made while merging took {}, then at {at_rest} of {max} another \
+         {got} of {wanted}, {:?}",
         at_rest - meanwhile,
         reasons(&stats)
     );
     assert_eq!(short, 0, "refused to the program while merging ran");
-    assert!(
-        skipped(&stats, Reason::MappingBudget) > 0,
-        "{:?}",
-        reasons(&stats)
-    );
     // What merging takes between two counts comes out of the reserve.
-    assert!(
-        got as u64 >= RESERVED / 2,
-        "{got} mappings of the {RESERVED} that were reserved"
-    );
+    assert_eq!(got, wanted, "of the {reserved} that were reserved");
     assert_scattered(&memory, "at the limit");
     drop(own);
     engine.stop().expect("stopped");
@@ -975,8 +999,8 @@ fn merging_short_of_memory() {
 /// `vm.overcommit_memory = 2` and nothing left to promise: merging and un-merging need no more of it
 /// than they give back, or say so.
 fn strict_overcommit_loses_nothing() {
-    let overcommit = os::Sysctl::hold("vm/overcommit_memory");
-    overcommit.set(2);
+    let lock = MachineLock::take();
+    let _strict = MachineSetting::set(&lock, "/proc/sys/vm/overcommit_memory", "2");
     scenario("under_strict_overcommit")
         .end(Duration::from_secs(150))
         .expect_success();
@@ -1045,7 +1069,9 @@ fn main() -> ExitCode {
             .seconds(400)
             .needs(Need::Root),
         case!(under_a_limit_of_mappings).hidden(),
-        case!(low_limit_of_the_whole_machine_is_kept).needs(Need::WholeMachine),
+        case!(limits_of_the_whole_machine_are_kept)
+            .seconds(1200)
+            .needs(Need::WholeMachine),
         case!(at_the_kernels_limit).hidden(),
         case!(reserved_mappings_are_there_while_merging_runs).seconds(400),
         case!(mappings_used_up_all_the_time_lose_nothing).seconds(300),

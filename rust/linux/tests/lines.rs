@@ -808,18 +808,12 @@ fn core_dump_filter_keeps_its_other_bits() {
 /// With `shmem_enabled=always` eight scattered frames took 16 MiB. Frames are then written through
 /// a mapping that refuses huge pages.
 fn frames_stay_small_when_shared_memory_gets_huge_pages() {
-    let _machine = os::MachineLock::take();
+    let lock = os::MachineLock::take();
     let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let before = fs::read_to_string(path).expect("looked at before");
-    let before = before
-        .split(['[', ']'])
-        .nth(1)
-        .expect("one is in brackets")
-        .to_owned();
-    fs::write(path, "always").expect("root");
-    let ended = scenario_with("frames_with_huge_shmem", &[]).end(Duration::from_secs(60));
-    fs::write(path, &before).expect("put back");
-    ended.expect_success();
+    let _always = os::MachineSetting::set(&lock, path, "always");
+    scenario_with("frames_with_huge_shmem", &[])
+        .end(Duration::from_secs(60))
+        .expect_success();
 }
 
 fn frames_with_huge_shmem() {
@@ -1001,7 +995,7 @@ fn main() -> ExitCode {
         case!(pages_that_a_living_child_shares_are_left_alone_by_name),
         case!(file_size_limit_is_refused_by_name_and_kills_nobody),
         case!(file_size_limit_set_later_kills_nobody),
-        case!(mapping_limit_stops_merging_by_name),
+        case!(mapping_limit_stops_merging_by_name).seconds(400),
         case!(sixty_thousand_mappings_are_no_obstacle),
         case!(locking_everything_while_merging_does_not_hang).needs(Need::Root),
         case!(reading_every_mapping_while_merging_does_not_hang),

@@ -62,7 +62,8 @@ impl Budget {
 
     pub(super) fn has_room(&mut self, needed: u64) -> bool {
         let since_count = self.used.saturating_sub(self.counted);
-        if self.used + needed <= self.allowed() && since_count <= (self.reserved / 2).max(STEP) {
+        let step = (self.reserved / 2).max(STEP);
+        if self.used + needed <= self.allowed() && since_count + needed <= step {
             return true;
         }
         if self.exhausted {

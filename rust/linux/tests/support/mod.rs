@@ -14,6 +14,11 @@
 //!   may lack all the same).
 //! * A scenario that finds out in its middle that it cannot go on panics: not run is never green.
 //!
+//! # What runs beside what
+//! Cases run beside each other, but for those that change what the others feel
+//! ([`Need::WholeMachine`]): while one of them runs, nothing else of its binary does, and cargo runs
+//! binaries one after another.
+//!
 //! # Use
 //! `cargo test -p pagemerge-linux --test findings -- f09`; `PAGEMERGE_SHOW=1` shows all output of
 //! tests that pass, too. Lines that begin with "figure:" are shown always.
@@ -38,6 +43,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Names the scenario that a re-executed test binary is to run.
@@ -70,7 +76,8 @@ pub(crate) enum Need {
     MemoryGroup2,
     /// A group that limits how many threads there are (cgroup version 1).
     ThreadGroup,
-    /// Settings of the whole machine that other programs feel: on a machine that nobody else uses.
+    /// Settings of the whole machine that other programs feel: on a machine that nobody else uses, and
+    /// with no other case beside it.
     WholeMachine,
     /// The kernel's own same-page merging.
     KernelKsm,
@@ -239,8 +246,11 @@ fn trial(case: &Case, strict: bool) -> Trial {
         .iter()
         .find_map(|need| need.missing().map(|why| (*need, why)));
     let (name, seconds) = (case.name, case.seconds);
+    let alone = case.needs.contains(&Need::WholeMachine);
     match missing {
-        None => Trial::test(name, move || one(name, Duration::from_secs(seconds))),
+        None => Trial::test(name, move || {
+            beside_others(alone, || one(name, Duration::from_secs(seconds)))
+        }),
         Some((need, why)) if strict && !need.is_of_the_machine() => Trial::test(name, move || {
             Err(Failed::from(format!(
                 "could not run, and CI=true says that it must: {why}"
@@ -249,6 +259,20 @@ fn trial(case: &Case, strict: bool) -> Trial {
         Some((_, why)) => Trial::test(name, || Ok(()))
             .with_kind(format!("not run: {why}"))
             .with_ignored_flag(true),
+    }
+}
+
+/// Runs `body` beside others, or with no other case beside it. (A region of 10,000 mappings read its
+/// list of mappings while another case let the machine have 20,000 only: it had no room for the list.)
+fn beside_others<R>(alone: bool, body: impl FnOnce() -> R) -> R {
+    static MACHINE: RwLock<()> = RwLock::new(());
+    // A case that panicked here has left nothing half done.
+    if alone {
+        let _machine = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+        body()
+    } else {
+        let _machine = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+        body()
     }
 }
 

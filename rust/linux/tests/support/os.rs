@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -945,53 +946,6 @@ impl Drop for Swap {
     }
 }
 
-/// A setting of the whole machine under `/proc/sys`, put back when it is dropped. A keeper of its own
-/// session puts it back when this process is killed.
-#[derive(Debug)]
-pub(crate) struct Sysctl {
-    path: PathBuf,
-    before: String,
-    keeper: std::process::Child,
-    _lock: MachineLock,
-}
-
-impl Sysctl {
-    pub(crate) fn hold(name: &str) -> Self {
-        use std::os::unix::process::CommandExt;
-        let lock = MachineLock::take();
-        let path = PathBuf::from(format!("/proc/sys/{name}"));
-        let before = fs::read_to_string(&path).expect("a setting");
-        let before = before.trim().to_owned();
-        let script = format!("cat > /dev/null; echo {before} > {}", path.display());
-        let keeper = std::process::Command::new("setsid")
-            .args(["sh", "-c", &script])
-            .stdin(std::process::Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .expect("a keeper of the setting");
-        Self {
-            path,
-            before,
-            keeper,
-            _lock: lock,
-        }
-    }
-
-    pub(crate) fn set(&self, value: u64) {
-        fs::write(&self.path, value.to_string()).expect("a setting of the machine");
-    }
-}
-
-impl Drop for Sysctl {
-    fn drop(&mut self) {
-        let back = fs::write(&self.path, &self.before);
-        // Its input ends, and it does the same once more.
-        drop(self.keeper.stdin.take());
-        let kept = self.keeper.wait();
-        println!("{} put back: {back:?} {kept:?}", self.path.display());
-    }
-}
-
 /// Shows this process, and nobody else, `text` in the place of a file.
 pub(crate) fn pretend(path: &str, text: &str) {
     const NOWHERE: usize = 0;
@@ -1072,33 +1026,76 @@ impl MachineLock {
     }
 }
 
-/// A setting of the whole machine, changed while this lives. Its holder has the [`MachineLock`], and
-/// lets another process do what may hang or die, so that it is put back whatever happens.
+/// A setting of the whole machine, held under the [`MachineLock`] and put back when this is dropped.
+///
+/// A process of its own puts it back, whose input ends with this one: that happens also when the test
+/// is killed, and whoever waits for the lock gets it only then.
 #[derive(Debug)]
-pub(crate) struct MachineSetting {
+pub(crate) struct MachineSetting<'lock> {
     path: &'static str,
-    old: String,
+    before: String,
+    keeper: std::process::Child,
+    lock: PhantomData<&'lock MachineLock>,
 }
 
-impl MachineSetting {
-    pub(crate) fn set(_lock: &MachineLock, path: &'static str, value: &str) -> Self {
-        let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("reading {path}: {e}"));
-        // Of a choice, the one in brackets is in force.
-        let chosen = text
-            .split_once('[')
-            .and_then(|(_, rest)| rest.split_once(']'));
-        let old = chosen.map_or(text.trim(), |(chosen, _)| chosen).to_owned();
-        let setting = Self { path, old };
-        fs::write(path, value).unwrap_or_else(|e| panic!("{value} to {path}: {e}"));
+impl<'lock> MachineSetting<'lock> {
+    /// Notes what it is, for now.
+    pub(crate) fn hold(lock: &'lock MachineLock, path: &'static str) -> Self {
+        use std::os::unix::process::CommandExt;
+        let before = chosen(path);
+        let keeper = std::process::Command::new("sh")
+            .args([
+                "-c",
+                "trap '' HUP INT TERM; cat > /dev/null; echo \"$0\" > \"$1\"",
+            ])
+            .args([&before, path])
+            .stdin(std::process::Stdio::piped())
+            // The lock lasts as long as its last descriptor.
+            .stdout(lock.0.try_clone().expect("a second descriptor"))
+            // Whoever ends this process's group does not end it.
+            .process_group(0)
+            .spawn()
+            .expect("a keeper of the setting");
+        Self {
+            path,
+            before,
+            keeper,
+            lock: PhantomData,
+        }
+    }
+
+    pub(crate) fn set(lock: &'lock MachineLock, path: &'static str, value: &str) -> Self {
+        let setting = Self::hold(lock, path);
+        setting.change(value);
         setting
     }
+
+    pub(crate) fn change(&self, value: &str) {
+        fs::write(self.path, value).unwrap_or_else(|e| panic!("{value} to {}: {e}", self.path));
+    }
 }
 
-impl Drop for MachineSetting {
+impl Drop for MachineSetting<'_> {
     fn drop(&mut self) {
-        let done = fs::write(self.path, &self.old);
-        println!("{} is {} again: {done:?}", self.path, self.old);
+        drop(self.keeper.stdin.take());
+        let kept = self.keeper.wait();
+        let now = chosen(self.path);
+        println!("{} is {now} again: {kept:?}", self.path);
+        if !std::thread::panicking() {
+            assert_eq!(now, self.before, "{} is not put back", self.path);
+        }
     }
+}
+
+/// What a setting is; of a choice, the one in brackets is in force.
+fn chosen(path: &str) -> String {
+    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("reading {path}: {e}"));
+    let chosen = text
+        .split_once('[')
+        .and_then(|(_, rest)| rest.split_once(']'));
+    chosen
+        .map_or(text.trim(), |(chosen, _)| chosen.trim())
+        .to_owned()
 }
 
 /// A figure of `/proc/vmstat`.
