@@ -27,7 +27,8 @@
 //! # Cost
 //! About 10 us for a run, and 1.5 us for each page.
 
-use crate::fork::NoFork;
+use crate::fork::{Gate, NoFork};
+use crate::handoff::Shut;
 use crate::sys::live::Live;
 use crate::sys::mapping::{Mapping, MmapLock};
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap, Query};
@@ -165,18 +166,22 @@ fn put_found(
 struct Held<'a> {
     watches: &'a Watches,
     run: Live,
+    /// Opens last, whatever becomes of the waking.
+    _shut: Shut<'a, Gate>,
 }
 
 impl<'a> Held<'a> {
     fn new(watches: &'a Watches, run: Live) -> Self {
-        watches.enter_window();
-        Self { watches, run }
+        Self {
+            watches,
+            run,
+            _shut: watches.shut(),
+        }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.watches.wake(self.run);
-        self.watches.leave_window();
     }
 }

@@ -271,6 +271,11 @@ impl Watches {
         }
     }
 
+    /// The helper lifts nothing while this lives.
+    pub(crate) fn shut(&self) -> Shut<'_, Gate> {
+        Shut::new(&self.common.in_window)
+    }
+
     /// From here on the helper lifts nothing.
     pub(crate) fn enter_window(&self) {
         self.common.in_window.close();
