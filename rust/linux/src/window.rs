@@ -724,10 +724,15 @@ impl OpenWindow<'_> {
             }
             Hold::Moved { uffd, tracked } => {
                 let staging = self.staging.expect("as in move_out");
+                let (mut ended, mut opened) = (false, false);
                 for at in 0..self.runs.len() {
                     if self.runs[at].open {
-                        self.close_moved(uffd, staging, tracked, self.runs[at]);
+                        opened = true;
+                        ended |= self.close_moved(uffd, staging, tracked, self.runs[at]);
                     }
+                }
+                if opened {
+                    self.let_go_on(uffd, ended);
                 }
                 let used = staging.span().page_run(0, self.jobs.len());
                 // What is left there are pages whose frames are mapped now.
@@ -736,7 +741,14 @@ impl OpenWindow<'_> {
         }
     }
 
-    fn close_moved(&mut self, uffd: &Userfaultfd, staging: &Mapping, tracked: bool, run: Run) {
+    /// Says whether a range could not be taken out of MISSING because that is forbidden.
+    fn close_moved(
+        &mut self,
+        uffd: &Userfaultfd,
+        staging: &Mapping,
+        tracked: bool,
+        run: Run,
+    ) -> bool {
         let end = run.first + run.pages;
         let mut ended = false;
         let mut at = run.first;
@@ -767,7 +779,15 @@ impl OpenWindow<'_> {
             }
             at = open;
         }
-        let span = self.live(run.first, run.pages).span();
+        ended
+    }
+
+    /// Wakes whoever waits for a page of this window, in one call for all that lies between its first and
+    /// its last.
+    fn let_go_on(&self, uffd: &Userfaultfd, ended: bool) {
+        let first = self.jobs[0].live.span().start;
+        let last = self.jobs[self.jobs.len() - 1].live.span().end();
+        let span = Span::between(first, last);
         let woken = (0..READING_TRIES).any(|_| uffd.wake(span).is_ok());
         if (ended || !woken) && !uffd.is_ended() {
             // Somebody may wait here for ever, and nothing else is left that would let him go on. No
@@ -777,8 +797,8 @@ impl OpenWindow<'_> {
     }
 
     /// Puts pages back from staging: at once, else page by page, else as copies, else (where no ioctl may
-    /// be called any more, or waiting does not help) by `mremap`. It does not give up while there is anywhere to put them (finding
-    /// F10): their readers wait rather than lose.
+    /// be called any more, or waiting does not help) by `mremap`. It does not give up while there is
+    /// anywhere to put them (finding F10): their readers wait rather than lose.
     fn put_back(&mut self, uffd: &Userfaultfd, staging: &Mapping, first: usize, pages: usize) {
         let moved = self
             .live(first, pages)
@@ -799,49 +819,38 @@ impl OpenWindow<'_> {
     fn put_one_back(&self, uffd: &Userfaultfd, staging: &Mapping, at: usize) {
         let (live, away) = (self.live(at, 1), staging.span().page_run(at, 1).start);
         let home = live.span();
-        let mut refused = 0;
-        loop {
+        let is_there = |at: usize| self.pagemap.entry(at).map(|entry| !is_empty(entry));
+        for tries in 1_u32.. {
             // A copy of an empty place in staging would be a page of zeroes.
-            if self.pagemap.entry(away).is_ok_and(is_empty)
+            if is_there(away) == Ok(false)
                 || live.move_back(uffd, staging, at * self.page).is_complete()
             {
                 return;
             }
-            match live.copy_back(uffd, staging, at * self.page).stopped {
-                None => return,
+            let carried = || live.carry_back(staging, at * self.page).is_ok();
+            let done = match live.copy_back(uffd, staging, at * self.page).stopped {
+                None => true,
                 // It is back already, if the page tables say so, too.
-                Some(FillStop::Present) => {
-                    if self.pagemap.entry(home.start).is_ok_and(|e| !is_empty(e)) {
-                        return;
-                    }
-                }
+                Some(FillStop::Present) if is_there(home.start) == Ok(true) => true,
                 // The owner has unmapped it, or mapped something else there: nobody misses it.
                 Some(FillStop::Missing | FillStop::WrongMapping) => {
-                    refused += 1;
-                    if refused == RETURNING_TRIES || !mapping::is_mapped(home) {
-                        return;
-                    }
+                    tries >= RETURNING_TRIES || !mapping::is_mapped(home)
                 }
                 // Forbidden; or "the process is ending", which this thread would not live to see.
                 Some(stop) if stop == FillStop::Exiting || stop.errno().is_forbidden() => {
-                    refused += 1;
-                    if refused >= READING_TRIES && live.carry_back(staging, at * self.page).is_ok()
-                    {
-                        return;
-                    }
+                    tries >= READING_TRIES && carried()
                 }
                 // Waiting has not helped: memory that stays short, or a kernel that denies it for a reason
                 // nobody knew of. Carrying it takes none, and cuts the mapping instead.
                 Some(_) => {
-                    refused += 1;
-                    if refused >= CARRYING_TRIES
-                        && self.pagemap.entry(home.start).is_ok_and(is_empty)
+                    tries >= CARRYING_TRIES
+                        && (is_there(home.start), is_there(away)) == (Ok(false), Ok(true))
                         && mapping::is_mapped(home)
-                        && live.carry_back(staging, at * self.page).is_ok()
-                    {
-                        return;
-                    }
+                        && carried()
                 }
+            };
+            if done {
+                return;
             }
             process::give_way();
         }
