@@ -47,6 +47,20 @@ impl Bitmap {
         }
     }
 
+    /// The 64 bits from `from` on, the first of them lowest; those beyond the last are clear.
+    pub(crate) fn word(&self, from: usize) -> u64 {
+        let aligned = |word: usize| -> u64 {
+            let leaf = self.leaves.get(word / WORDS).and_then(Option::as_deref);
+            leaf.map_or(0, |leaf| leaf[word % WORDS])
+        };
+        let (word, shift) = (from / 64, from % 64);
+        if shift == 0 {
+            aligned(word)
+        } else {
+            aligned(word) >> shift | aligned(word + 1) << (64 - shift)
+        }
+    }
+
     /// The first bit in `from..end` that equals `value`, or `end`.
     pub(crate) fn next(&self, value: bool, from: usize, end: usize) -> usize {
         let mut at = from;
@@ -97,6 +111,22 @@ mod tests {
         assert!(!map.get(60) && map.get(61));
         assert!(map.any(0, 62) && !map.any(0, 61));
     }
+
+    #[test]
+    fn word_at_any_place_is_what_the_bits_are() {
+        let mut map = Bitmap::new(10_000);
+        for bit in (0..10_000).filter(|bit| bit % 7 == 0 && !(4096..8192).contains(bit)) {
+            map.set(bit, true);
+        }
+        for from in [0, 1, 63, 64, 4000, 4090, 5000, 8150, 8192, 9_990] {
+            for n in 0..64 {
+                let bit = from + n;
+                let expected = bit < 10_000 && map.get(bit);
+                assert_eq!(map.word(from) >> n & 1 != 0, expected, "{from} {n}");
+            }
+        }
+    }
+
     #[test]
     fn leaves_that_were_never_set_read_as_clear() {
         let mut map = Bitmap::new(20_000);

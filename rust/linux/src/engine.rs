@@ -350,6 +350,7 @@ impl EngineState {
             return Ok(());
         }
         // Pages that were written since have their copies already.
+        self.space.begin_sweep();
         self.scanner.refresh(&mut self.space)?;
         let pages = regions
             .iter()
@@ -542,6 +543,7 @@ impl EngineState {
 
     fn stats(&mut self) -> Result<EngineStats, Error> {
         let _phase = enter(Phase::Stats);
+        self.space.begin_sweep();
         self.scanner.refresh(&mut self.space)?;
         let core = self.scanner.stats();
         let space = self.space.stats();

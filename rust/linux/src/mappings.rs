@@ -262,6 +262,11 @@ pub(crate) struct Mappings {
 }
 
 impl Mappings {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.vmas.len()
+    }
+
     /// Reads the mappings that have an address in `range`.
     ///
     /// # Errors

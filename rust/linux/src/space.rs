@@ -39,6 +39,7 @@ mod aside;
 mod budget;
 mod merge;
 mod observe;
+mod quick;
 mod unshare;
 
 use crate::barrier;
@@ -65,8 +66,9 @@ use aside::Ranges;
 use budget::Budget;
 use pagemerge_core::{
     Attempt, Content, Digest, FrameId, Look, Nid, PageId, PageSpace, PageState, Reason, RegionId,
-    Registered, Request, SettingError, Window,
+    Registered, Request, SettingError, TreeOrder, Window,
 };
+use quick::Quick;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
@@ -92,7 +94,7 @@ const STATE: Categories = Categories::PRESENT
 /// Live memory's own counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SpaceStats {
-    /// Mappings that this process has.
+    /// Mappings that this process has; where it has many, as counted up to some seconds ago.
     pub mappings: u64,
     /// Mappings that merging may use, of `vm.max_map_count`.
     pub mapping_budget: u64,
@@ -116,6 +118,10 @@ struct Region {
     live: Live,
     /// A frame was mapped over the page, and nothing else since.
     mapped: Bitmap,
+    /// What pages were at the last look in full, and which were written since (see [`quick`]).
+    own: Bitmap,
+    zero: Bitmap,
+    written: Bitmap,
     /// Pages that hold, or held, a thread's own data: (page of the region, why). They stay so:
     /// thread stacks are used again, and a page that came back would have lost its written bit.
     records: Vec<(usize, Reason)>,
@@ -188,6 +194,9 @@ pub(crate) struct LinuxSpace {
     /// Bytes left before a limit, and when that was asked; `None` where it cannot be asked.
     headroom: Option<(u64, Instant)>,
     scanned: Vec<PageRegion>,
+    quick: Quick,
+    /// Room for what the kernel tells.
+    told_written: Vec<(usize, usize)>,
 }
 
 impl LinuxSpace {
@@ -265,6 +274,8 @@ impl LinuxSpace {
             unshared_at: None,
             headroom: None,
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
+            quick: Quick::new(tracking && can.pagemap_scan && by_digest(settings)),
+            told_written: Vec::new(),
         })
     }
 
@@ -304,6 +315,7 @@ impl LinuxSpace {
     }
 
     pub(crate) fn change_settings(&mut self, new: &EngineSettings) {
+        self.quick.on = self.tracking && self.has_scan && by_digest(new);
         self.zero_only = new.scan.zero_only;
         self.remerge = new.remerge;
         self.quiet = Duration::from_millis(new.quiet_millisecs.into());
@@ -319,7 +331,9 @@ impl LinuxSpace {
         self.untrack_again();
         // What is still left is told to whoever discards or unregisters.
         let _ = self.close_again(Span::default());
-        self.budget.recount();
+        self.budget.doubt();
+        let pages = self.regions.values().map(Region::pages).sum();
+        self.quick.begin_pass(pages);
         self.pinned = None;
         self.surveyed_in_pass = false;
         // What cannot be looked at may be there: a process that changes its root directory loses sight
@@ -401,6 +415,9 @@ impl LinuxSpace {
             first: got.first,
             live,
             mapped: Bitmap::new(live.span().pages()),
+            own: Bitmap::new(live.span().pages()),
+            zero: Bitmap::new(live.span().pages()),
+            written: Bitmap::new(live.span().pages()),
             records: Vec::new(),
             aside: Ranges::default(),
             tracked: false,
@@ -415,6 +432,8 @@ impl LinuxSpace {
             let first = (part.start - live.span().start) / self.page;
             for page in first..first + part.pages() {
                 region.mapped.set(page, true);
+                // Or a copy: nobody knows yet.
+                region.own.set(page, true);
             }
         }
         if self.tracking
@@ -586,6 +605,7 @@ impl LinuxSpace {
             return;
         };
         self.windows.begin_anew();
+        self.quick.forget();
         self.still_tracked.clear();
         for region in self.regions.values_mut() {
             if std::mem::take(&mut region.tracked) {
@@ -668,9 +688,14 @@ impl LinuxSpace {
         Ok((region.first.plus(first), count))
     }
 
+    /// All merged and zero pages are going to be looked at.
+    pub(crate) fn begin_sweep(&mut self) {
+        self.quick.begin_sweep();
+    }
+
     pub(crate) fn stats(&mut self) -> SpaceStats {
         self.settle();
-        self.budget.recount();
+        self.budget.count_for_stats();
         SpaceStats {
             mappings: self.budget.used,
             mapping_budget: self.budget.allowed(),
@@ -687,7 +712,10 @@ impl LinuxSpace {
         let bitmaps: usize = self
             .regions
             .values()
-            .map(|region| region.mapped.bytes() + region.aside.bytes())
+            .map(|region| {
+                let bits = [&region.mapped, &region.own, &region.zero, &region.written];
+                bits.map(Bitmap::bytes).iter().sum::<usize>() + region.aside.bytes()
+            })
             .sum();
         self.frames.metadata_bytes()
             + bitmaps as u64
@@ -713,7 +741,9 @@ impl LinuxSpace {
 
     fn set_mapped(&mut self, page: PageId, to: bool) {
         if let Some((&first, region)) = self.regions.range_mut(..=page.0).next_back() {
-            region.mapped.set((page.0 - first) as usize, to);
+            let at = (page.0 - first) as usize;
+            region.mapped.set(at, to);
+            region.forget_state(at, at + 1);
         }
     }
 
@@ -739,6 +769,11 @@ impl LinuxSpace {
         }
         Ok(self.watches.as_mut().expect("just made"))
     }
+}
+
+/// Without the kernel's order there are no rules of the kernel's about what is looked at when.
+fn by_digest(settings: &EngineSettings) -> bool {
+    settings.scan.tree_order == TreeOrder::Digest
 }
 
 /// What write-protects the pages that are watched, and tells of their writers.
@@ -824,6 +859,7 @@ fn blank(
         for page in at..end {
             region.mapped.set(page, false);
         }
+        region.forget_state(at, end);
         at = region.mapped.next(true, end, to);
     }
     Ok(())
@@ -847,31 +883,13 @@ impl PageSpace for LinuxSpace {
             return Ok(());
         }
         let from = (window.first.0 - region.first.0) as usize;
-        let to = from + window.pages as usize;
-        let (live, tracked) = (region.live, region.tracked);
-        let left_alone = region.left_alone((from, to), page);
-        let mapped: Vec<bool> = (from..to).map(|at| region.mapped.get(at)).collect();
-        let live = live.part(from * self.page, (to - from) * self.page);
-        let arm = tracked && look == Look::Scan;
-        let broken = self.look(live, arm, &|at| mapped[at], into)?;
-        for (at, pages) in aside::tell(&left_alone, into) {
-            if arm {
-                let part = live.part(at * self.page, pages * self.page);
-                self.take_written(part.span(), &mut into[at..at + pages])?;
-            }
+        let range = (from, from + window.pages as usize);
+        let quickly = region.tracked && region.left_alone(range, page).is_empty();
+        if quickly && self.quick.goes() {
+            self.look_quickly(window, range, look, into)
+        } else {
+            self.look_in_full(window, range, look, into)
         }
-        if look == Look::Scan {
-            self.refuse_unwritable(live, into);
-        }
-        if look == Look::Scan {
-            for (at, pages, protected) in broken {
-                self.judge_broken(live, (at, at + pages), protected, window.first, into);
-            }
-            if !self.moves {
-                self.judge_unmovable(live, &mapped, into);
-            }
-        }
-        Ok(())
     }
 
     fn next_present(&mut self, window: Window) -> Result<Option<PageId>, Error> {
@@ -930,6 +948,9 @@ impl PageSpace for LinuxSpace {
                 continue;
             }
             match self.live(page) {
+                Some(live) if self.is_swapped(live) => {
+                    into[at] = Attempt::Refused(Reason::Swapped);
+                }
                 Some(live) => match known.refusal(live.span()) {
                     None => readable.push((at, live)),
                     Some(reason) => into[at] = Attempt::Refused(reason),
@@ -1038,11 +1059,12 @@ impl PageSpace for LinuxSpace {
         let _phase = enter(Phase::Prepare);
         self.unshare(requests, outcomes);
         self.refuse_left_alone(requests, outcomes);
+        self.refuse_swapped(requests, outcomes);
         self.look_at_headroom();
         let promotions = self.prepare_promotions(requests, outcomes)?;
         let slots: Vec<(usize, Slot)> = promotions
             .iter()
-            .filter_map(|item| item.fresh.map(|slot| (item.request, slot)))
+            .filter_map(|item| item.ticket.fresh.map(|slot| (item.ticket.request, slot)))
             .collect();
         self.merge(promotions, outcomes);
         for (at, slot) in slots {

@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const CHEAP: Duration = Duration::from_millis(5);
 /// How many times as long as it took to be read an old list may serve.
 const SHARE: u32 = 5;
+/// The same in the background, and in a long call.
+const BACKGROUND_SHARE: u32 = 20;
 
 #[derive(Clone, Debug)]
 struct Reading {
@@ -68,11 +70,14 @@ impl Survey {
         Ok((Rc::clone(&new.list), new.at))
     }
 
-    /// How old a list may be in the background: so that reading it takes 2 % of the time, or what is
-    /// left of that at `at_most`, but never more than its share.
-    pub(crate) fn lasts(&self, at_most: Duration) -> Duration {
-        let took = self.last.as_ref().map_or(Duration::ZERO, |it| it.took);
-        (took * 50).min(at_most).max(took * SHARE)
+    /// How old a list may be in the background, where there are so many mappings by now: so that reading it
+    /// takes 2 % of the time, or what is left of that at `at_most`, but never more than its share.
+    pub(crate) fn lasts(&self, at_most: Duration, mappings: u64) -> Duration {
+        let took = self.last.as_ref().map_or(Duration::ZERO, |it| {
+            let growth = mappings.div_ceil((it.list.len() as u64).max(1));
+            it.took * u32::try_from(growth).unwrap_or(u32::MAX).max(1)
+        });
+        (took * 50).min(at_most).max(took * BACKGROUND_SHARE)
     }
 
     /// Whether the last list took long to read and is still young enough for its share.

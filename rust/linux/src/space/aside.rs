@@ -10,7 +10,7 @@
 //! A new mapping would undo locks, protections, and what children and core dumps are to get
 //! (`DONTFORK`, `DONTDUMP`). The kernel tells of those in `smaps` only, and reading that costs 5 us a
 //! mapping, so what is known may be somewhat old: in the background for as long as keeps the price below
-//! 2 % of the time, and a second at most. A call (`scan`, `settle`, `merge`, un-merging) looks anew, so
+//! 2 % of the time, and a second at most unless that would take more than 5 % of it. A call (`scan`, `settle`, `merge`, un-merging) looks anew, so
 //! whatever was changed before a call is kept by it. What is changed by another thread in that time may
 //! be lost, but for locks and protections, which the kernel sees itself when pages are moved.
 //!
@@ -152,7 +152,7 @@ impl LinuxSpace {
     /// Looks at what the owner of the region with this first page has changed, unless what is known is
     /// fresh.
     fn look_at_owners_changes(&mut self, first: u32) {
-        let oldest = Instant::now().checked_sub(self.survey.lasts(OLDEST));
+        let oldest = Instant::now().checked_sub(self.survey.lasts(OLDEST, self.budget.used));
         let Some(region) = self.regions.get_mut(&first) else {
             return;
         };

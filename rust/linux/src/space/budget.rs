@@ -9,6 +9,7 @@
 
 use crate::mappings;
 use crate::probe::capabilities;
+use std::time::{Duration, Instant};
 
 /// So many may be made between two counts, however small the reserve.
 const STEP: u64 = 500;
@@ -24,6 +25,11 @@ pub(super) struct Budget {
     counted: u64,
     /// A count has found no room; counting again waits for the next pass.
     exhausted: bool,
+    /// The count is of an earlier pass.
+    doubtful: bool,
+    /// When the last count was over, and how long it took.
+    at: Instant,
+    took: Duration,
 }
 
 impl Budget {
@@ -35,6 +41,9 @@ impl Budget {
             used: 0,
             counted: 0,
             exhausted: false,
+            doubtful: false,
+            at: Instant::now(),
+            took: Duration::ZERO,
         };
         budget.reserve(reserved);
         budget.recount();
@@ -51,16 +60,42 @@ impl Budget {
         self.max - self.reserved
     }
 
+    /// The program may have made any number since: whoever needs room counts first.
+    pub(super) fn doubt(&mut self) {
+        self.doubtful = true;
+        self.exhausted = false;
+    }
+
+    /// Whether counting now takes no more than a hundredth of the time.
+    fn may_count(&self) -> bool {
+        self.at.elapsed() >= self.took * 100
+    }
+
+    /// Counts, unless that has just been done.
+    pub(super) fn count_for_stats(&mut self) {
+        if self.may_count() {
+            self.recount();
+        }
+    }
+
     pub(super) fn recount(&mut self) {
+        let begun = Instant::now();
         // What cannot be counted is taken as it was.
         if let Ok(now) = mappings::count() {
             self.used = now;
         }
         self.counted = self.used;
         self.exhausted = false;
+        self.doubtful = false;
+        self.at = Instant::now();
+        self.took = self.at.duration_since(begun);
     }
 
     pub(super) fn has_room(&mut self, needed: u64) -> bool {
+        // Half of all mappings would have to be new since; and a count has its price.
+        if self.doubtful && (self.used > self.allowed() / 2 || self.may_count()) {
+            self.recount();
+        }
         let since_count = self.used.saturating_sub(self.counted);
         let step = (self.reserved / 2).max(STEP);
         if self.used + needed <= self.allowed() && since_count + needed <= step {

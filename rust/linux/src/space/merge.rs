@@ -6,6 +6,7 @@ use crate::eligible;
 use crate::error::Error;
 use crate::frames::Slot;
 use crate::settings::{Barrier, Remerge};
+use crate::sys::Span;
 use crate::sys::pagemap::{Categories, Query};
 use crate::sys::uffd::Modes;
 use crate::window::{Hold, Job, Target, Verdict};
@@ -14,10 +15,18 @@ use std::time::Instant;
 
 /// Memory that new frames do not take: the kernel's own needs for them come out of it.
 const KEPT_FREE_BYTES: u64 = 1 << 20;
+/// Pages between two that are asked about, at most, for one question about both.
+const NEAR: usize = 16;
 
 /// A request to merge one page, on its way through windows.
 pub(super) struct Item {
     pub(super) job: Job,
+    pub(super) ticket: Ticket,
+}
+
+/// Whose request it is.
+#[derive(Clone, Copy)]
+pub(super) struct Ticket {
     pub(super) request: usize,
     pub(super) page: PageId,
     /// The fresh slot that it fills, for a promotion.
@@ -116,12 +125,12 @@ impl LinuxSpace {
                     Ok(target) => {
                         let live = live.part(n as usize * self.page, self.page);
                         let job = Job::new(live, target);
-                        items.push(Item {
-                            job,
+                        let ticket = Ticket {
                             request: at,
                             page,
                             fresh: Some(slot),
-                        });
+                        };
+                        items.push(Item { job, ticket });
                     }
                     Err(reason) => {
                         self.frames.abandon(slot, 1);
@@ -158,12 +167,12 @@ impl LinuxSpace {
             match (target, self.live(page)) {
                 (Ok(target), Some(live)) => {
                     let job = Job::new(live, target);
-                    items.push(Item {
-                        job,
+                    let ticket = Ticket {
                         request: at,
                         page,
                         fresh: None,
-                    });
+                    };
+                    items.push(Item { job, ticket });
                 }
                 (Err(reason), _) => outcomes[at] = Attempt::Refused(reason),
                 (_, None) => outcomes[at] = Attempt::Gone,
@@ -186,12 +195,12 @@ impl LinuxSpace {
     pub(super) fn merge(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) {
         let (mut moved, mut in_place): (Vec<Item>, Vec<Item>) = items
             .into_iter()
-            .partition(|item| self.moves && !self.is_mapped(item.page));
+            .partition(|item| self.moves && !self.is_mapped(item.ticket.page));
         moved.sort_by_key(|item| item.job.live.span().start);
         in_place.sort_by_key(|item| item.job.live.span().start);
         if let Some(reason) = self.forbidden {
             for item in moved.drain(..).chain(in_place.drain(..)) {
-                self.finish(&item, Some(reason), outcomes);
+                self.finish(&item.ticket, &item.job, Some(reason), outcomes);
             }
             return;
         }
@@ -205,12 +214,12 @@ impl LinuxSpace {
         for item in busy {
             match self.cure_busy(&item) {
                 Ok(()) => again.push(item),
-                Err(reason) => self.finish(&item, Some(reason), outcomes),
+                Err(reason) => self.finish(&item.ticket, &item.job, Some(reason), outcomes),
             }
         }
         // Curing has set their written bits, so that question is not asked again.
         for item in self.pass_through(again, true, outcomes) {
-            self.finish(&item, Some(Reason::Pinned), outcomes);
+            self.finish(&item.ticket, &item.job, Some(Reason::Pinned), outcomes);
         }
         let in_place = self.hold_in_place(in_place, outcomes);
         self.pass_through(in_place, false, outcomes);
@@ -243,7 +252,7 @@ impl LinuxSpace {
                 return items;
             }
             for item in items {
-                self.finish(&item, Some(Reason::Pinned), outcomes);
+                self.finish(&item.ticket, &item.job, Some(Reason::Pinned), outcomes);
             }
             return Vec::new();
         }
@@ -265,7 +274,7 @@ impl LinuxSpace {
             }
         }
         for (item, reason) in refused {
-            self.finish(&item, Some(reason), outcomes);
+            self.finish(&item.ticket, &item.job, Some(reason), outcomes);
         }
         ready
     }
@@ -273,16 +282,18 @@ impl LinuxSpace {
     /// Windows over `items`, sorted by address. Returns what was busy.
     fn pass_through(
         &mut self,
-        mut items: Vec<Item>,
+        items: Vec<Item>,
         moved: bool,
         outcomes: &mut [Attempt<()>],
     ) -> Vec<Item> {
-        let mut busy = Vec::new();
-        let mut jobs: Vec<Job> = items.iter().map(|item| item.job.clone()).collect();
+        let (mut jobs, tickets): (Vec<Job>, Vec<Ticket>) = items
+            .into_iter()
+            .map(|item| (item.job, item.ticket))
+            .unzip();
         let mut done = 0;
         while done < jobs.len() {
             let fit = self.windows.fit(&jobs[done..], self.max_pause_micros);
-            let (these, now) = (&mut jobs[done..done + fit], &items[done..done + fit]);
+            let (these, now) = (&mut jobs[done..done + fit], &tickets[done..done + fit]);
             done += fit;
             let needed = self.windows.mappings_needed(these);
             let refused = if !self.budget.has_room(needed) {
@@ -297,8 +308,8 @@ impl LinuxSpace {
                 None
             };
             if let Some(reason) = refused {
-                for item in now {
-                    self.finish(item, Some(reason), outcomes);
+                for (ticket, job) in now.iter().zip(&jobs[done - fit..done]) {
+                    self.finish(ticket, job, Some(reason), outcomes);
                 }
                 continue;
             }
@@ -310,57 +321,46 @@ impl LinuxSpace {
             };
             self.windows.run(hold, these);
             self.budget.used += needed;
-            let verdicts: Vec<Verdict> = these.iter().map(|job| job.verdict).collect();
-            for (at, verdict) in verdicts.into_iter().enumerate() {
-                let item = &mut items[done - fit + at];
-                item.job.verdict = verdict;
-                if verdict != Verdict::Busy {
-                    let item = Item {
-                        job: item.job.clone(),
-                        ..*item
-                    };
-                    self.finish(&item, None, outcomes);
+            for (ticket, job) in now.iter().zip(&jobs[done - fit..done]) {
+                if job.verdict != Verdict::Busy {
+                    self.finish(ticket, job, None, outcomes);
                 }
             }
         }
-        for item in items {
-            if item.job.verdict == Verdict::Busy {
-                busy.push(item);
-            }
-        }
-        busy
+        let all = jobs.into_iter().zip(tickets);
+        all.filter(|(job, _)| job.verdict == Verdict::Busy)
+            .map(|(job, ticket)| Item { job, ticket })
+            .collect()
     }
 
     /// Looks once more at the written bit of what is to be moved: I/O that holds a page by a plain
     /// reference, which no move would notice, has set it when it began (finding F6).
     fn drop_written(&mut self, items: Vec<Item>, outcomes: &mut [Attempt<()>]) -> Vec<Item> {
-        let mut written: Vec<usize> = Vec::new();
-        let mut at = 0;
-        while at < items.len() {
-            let mut end = at + 1;
-            while end < items.len()
-                && items[end - 1].job.live.span().end() == items[end].job.live.span().start
-            {
-                end += 1;
-            }
-            let span = items[at].job.live.joined(items[end - 1].job.live).span();
-            let query = Query {
-                all_of: Categories::WRITTEN.and(Categories::WP_ALLOWED),
-                any_of: Categories::NONE,
-                ..Query::look(Categories::WRITTEN)
-            };
+        let query = Query {
+            all_of: Categories::WRITTEN.and(Categories::WP_ALLOWED),
+            any_of: Categories::NONE,
+            ..Query::look(Categories::WRITTEN)
+        };
+        let at = |item: &Item| item.job.live.span();
+        let mut written: Vec<Span> = Vec::new();
+        let near = items.chunk_by(|one, next| at(next).start - at(one).end() <= NEAR * self.page);
+        let stretches: Vec<Span> = near
+            .map(|items| Span::between(at(&items[0]).start, at(&items[items.len() - 1]).end()))
+            .collect();
+        for stretch in stretches {
             // A look that fails finds nothing, and the window's own comparison still decides.
-            let _ = self.scan(span, &query, |first, pages, _| {
-                written.extend(at + first..at + first + pages);
+            let _ = self.scan(stretch, &query, |first, pages, _| {
+                written.push(stretch.page_run(first, pages));
             });
-            at = end;
         }
         let mut written = written.into_iter().peekable();
         let mut kept = Vec::with_capacity(items.len());
-        for (at, mut item) in items.into_iter().enumerate() {
-            if written.next_if_eq(&at).is_some() {
+        for mut item in items {
+            let span = at(&item);
+            while written.next_if(|w| w.end() <= span.start).is_some() {}
+            if written.peek().is_some_and(|w| w.overlaps(span)) {
                 item.job.verdict = Verdict::Differs;
-                self.finish(&item, None, outcomes);
+                self.finish(&item.ticket, &item.job, None, outcomes);
             } else {
                 kept.push(item);
             }
@@ -369,9 +369,15 @@ impl LinuxSpace {
     }
 
     /// Books how one request ended.
-    fn finish(&mut self, item: &Item, refused: Option<Reason>, outcomes: &mut [Attempt<()>]) {
-        let span = item.job.live.span();
-        let outcome = match (refused, item.job.verdict) {
+    fn finish(
+        &mut self,
+        ticket: &Ticket,
+        job: &Job,
+        refused: Option<Reason>,
+        outcomes: &mut [Attempt<()>],
+    ) {
+        let span = job.live.span();
+        let outcome = match (refused, job.verdict) {
             (Some(reason), _) => Attempt::Refused(reason),
             (None, Verdict::Merged) => Attempt::Done(()),
             (None, Verdict::Differs) => {
@@ -389,7 +395,7 @@ impl LinuxSpace {
             (None, Verdict::Busy) => Attempt::Refused(Reason::Pinned),
             (None, Verdict::Untried) => Attempt::Refused(Reason::Other),
         };
-        outcomes[item.request] = outcome;
+        outcomes[ticket.request] = outcome;
         if refused.is_none()
             && let Some(watches) = &mut self.watches
         {
@@ -397,17 +403,18 @@ impl LinuxSpace {
             watches.forget(span);
         }
         if outcome != Attempt::Done(()) {
-            if let Some(slot) = item.fresh {
+            self.doubt(ticket.page);
+            if let Some(slot) = ticket.fresh {
                 self.frames.abandon(slot, 1);
             }
             return;
         }
-        let was_mapped = self.is_mapped(item.page);
-        match item.job.target {
-            Target::Frame { .. } => self.set_mapped(item.page, true),
+        let was_mapped = self.is_mapped(ticket.page);
+        match job.target {
+            Target::Frame { .. } => self.set_mapped(ticket.page, true),
             Target::Zero => {
-                self.set_mapped(item.page, false);
-                if (was_mapped || !self.moves) && self.is_tracked(item.page) {
+                self.set_mapped(ticket.page, false);
+                if (was_mapped || !self.moves) && self.is_tracked(ticket.page) {
                     // It lies in a fresh mapping now. Where it cannot be tracked, digests decide.
                     if let Some(uffd) = &self.uffd {
                         let _ = uffd.register(span, Modes::WriteProtect);

@@ -1,6 +1,6 @@
 //! What pages are now: the kernel's answers, put together with what is remembered (see [`super`]).
 
-use super::{LinuxSpace, STATE};
+use super::{LinuxSpace, STATE, aside};
 use crate::eligible::{self, Readable};
 use crate::error::Error;
 use crate::settings::{Barrier, Remerge};
@@ -8,7 +8,7 @@ use crate::sys::Span;
 use crate::sys::live::Live;
 use crate::sys::pagemap::{Categories, Entry, Query, ScanStop};
 use crate::watch::{Quiet, Watches};
-use pagemerge_core::{PageId, PageState, Reason, Written};
+use pagemerge_core::{Look, PageId, PageState, Reason, Window, Written};
 use std::time::Instant;
 
 impl LinuxSpace {
@@ -124,6 +124,43 @@ impl LinuxSpace {
             let offset = page.start - region.live.span().start;
             Readable::new(&self.maps).covers(page) && region.live.part(offset, page.len).is_zero()
         })
+    }
+
+    /// Looks at pages `range` of a region, each of them, and notes what they are.
+    pub(super) fn look_in_full(
+        &mut self,
+        window: Window,
+        (from, to): (usize, usize),
+        look: Look,
+        into: &mut [PageState],
+    ) -> Result<(), Error> {
+        let page = self.page;
+        let Some(region) = self.region_mut(window.region) else {
+            return Ok(());
+        };
+        let (live, tracked) = (region.live, region.tracked);
+        let left_alone = region.left_alone((from, to), page);
+        let mapped: Vec<bool> = (from..to).map(|at| region.mapped.get(at)).collect();
+        let live = live.part(from * page, (to - from) * page);
+        let arm = tracked && look == Look::Scan;
+        let broken = self.look(live, arm, &|at| mapped[at], into)?;
+        for (at, pages) in aside::tell(&left_alone, into) {
+            if arm {
+                let part = live.part(at * page, pages * page);
+                self.take_written(part.span(), &mut into[at..at + pages])?;
+            }
+        }
+        if look == Look::Scan {
+            self.refuse_unwritable(live, into);
+            for (at, pages, protected) in broken {
+                self.judge_broken(live, (at, at + pages), protected, window.first, into);
+            }
+            if !self.moves {
+                self.judge_unmovable(live, &mapped, into);
+            }
+            self.note_look(window.region, from, into);
+        }
+        Ok(())
     }
 
     /// What the kernel says of `live`, whose pages were mapped over as `mapped` tells; nothing is

@@ -129,6 +129,9 @@ impl LinuxSpace {
             let live = part[0].live.joined(part[same - 1].live);
             let populated = done[at] || live.populate_write().is_ok();
             for parting in part {
+                if !done[at] {
+                    self.doubt(parting.page);
+                }
                 let outcome = if populated || parting.live.populate_write().is_ok() {
                     Attempt::Done(())
                 } else {
