@@ -757,7 +757,8 @@ impl Engine {
     /// Waits for windows.
     ///
     /// # Errors
-    /// Pages that no region of this engine has; nothing is discarded then.
+    /// Pages that no region of this engine has, or that are locked (`EINVAL`, as from the kernel): nothing
+    /// is discarded then. A limit of mappings: the text says what is left.
     pub fn discard(&self, addr: usize, len: usize) -> Result<(), Error> {
         self.on(move |engine| engine.discard(addr, len))
     }

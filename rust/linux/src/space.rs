@@ -71,6 +71,7 @@ use pagemerge_core::{
 use quick::Quick;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -644,6 +645,8 @@ impl LinuxSpace {
     }
 
     /// The owner's `MADV_DONTNEED`. Returns the pages that are empty now.
+    ///
+    /// Pages that he has locked are refused, as the kernel does, and before anything is given up.
     pub(crate) fn discard(&mut self, addr: usize, len: usize) -> Result<(PageId, u32), Error> {
         let page = self.page;
         let span = Span::new(addr, len).whole_pages();
@@ -654,13 +657,24 @@ impl LinuxSpace {
             });
         }
         self.close_again(span)?;
+        let live = self
+            .regions
+            .values()
+            .find(|region| region.attached && region.live.span().covers(span))
+            .map(|region| {
+                let at = span.start - region.live.span().start;
+                region.live.part(at, span.len)
+            })
+            .ok_or(Error::NotInRegion { bytes: len })?;
+        if live.may_refuse_dont_need() {
+            self.refuse_locked(span)?;
+        }
         let region = self
             .regions
             .values_mut()
             .find(|region| region.attached && region.live.span().covers(span))
             .ok_or(Error::NotInRegion { bytes: len })?;
         let first = (span.start - region.live.span().start) / page;
-        let live = region.live.part(first * page, span.len);
         let range = (first, first + span.pages());
         if let Some(watches) = &mut self.watches {
             end_watches(watches, region, range, page, self.moves);
@@ -678,10 +692,12 @@ impl LinuxSpace {
             let _ = uffd.register(span, Modes::WriteProtect);
         }
         live.dont_need().map_err(|e| {
-            Error::os(
-                format!("cannot discard {} pages (MADV_DONTNEED)", span.pages()),
-                e.into(),
-            )
+            let attempted = format!(
+                "cannot discard {} pages (MADV_DONTNEED); some of them may read as zero already, the \
+                 others keep their bytes",
+                span.pages()
+            );
+            Error::os(attempted, e.into())
         })?;
         let count = u32::try_from(span.pages()).expect("a region's pages fit 32 bits");
         let first = u32::try_from(first).expect("a region's pages fit 32 bits");
@@ -691,6 +707,36 @@ impl LinuxSpace {
     /// All merged and zero pages are going to be looked at.
     pub(crate) fn begin_sweep(&mut self) {
         self.quick.begin_sweep();
+    }
+
+    /// Refuses to discard locked pages, by that name.
+    fn refuse_locked(&mut self, span: Span) -> Result<(), Error> {
+        let pages = span.pages();
+        let (list, _) = self.survey.newer_than(Instant::now()).map_err(|e| {
+            let attempted = format!(
+                "cannot discard {pages} pages: some may be locked, and the list of mappings \
+                 (/proc/self/smaps) cannot be read to tell; nothing was discarded"
+            );
+            Error::os(attempted, e)
+        })?;
+        let locked: usize = list
+            .altered(span)
+            .iter()
+            .filter(|(_, reason)| *reason == Reason::Mlocked)
+            .map(|(part, _)| part.pages())
+            .sum();
+        if locked == 0 {
+            return Ok(());
+        }
+        let attempted = format!(
+            "cannot discard {pages} pages: {locked} of them are {} memory; nothing was discarded: \
+             munlock it first",
+            Reason::Mlocked
+        );
+        Err(Error::os(
+            attempted,
+            io::Error::from_raw_os_error(libc::EINVAL),
+        ))
     }
 
     pub(crate) fn stats(&mut self) -> SpaceStats {
@@ -848,7 +894,11 @@ fn blank(
         let live = region.live.part(at * page, (end - at) * page);
         mapped_over(maps, live, || live.map_fresh()).map_err(|e| {
             Error::os(
-                format!("cannot map fresh memory over {} merged pages", end - at),
+                format!(
+                    "cannot map fresh memory over {} merged pages; merged pages before them may read as \
+                     zero already, all others keep their bytes",
+                    end - at
+                ),
                 e.into(),
             )
         })?;

@@ -272,6 +272,15 @@ impl Live {
         unsafe { mapping::advise(self.0, Advice::DontNeed) }
     }
 
+    /// Whether the kernel would refuse [`dont_need`](Self::dont_need) for some of it, as for locked
+    /// memory: told by an advice that does nothing to memory which is about to go. (Kernels that do not
+    /// know the advice say so of all memory.)
+    pub(crate) fn may_refuse_dont_need(self) -> bool {
+        // SAFETY: changes no byte.
+        let told = unsafe { mapping::advise(self.0, Advice::Cold) };
+        told == Err(AdviseStop::Invalid)
+    }
+
     /// Carries the owner's choice about huge pages over to a new mapping.
     ///
     /// # Errors

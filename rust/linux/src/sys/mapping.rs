@@ -105,6 +105,8 @@ macro_rules! advices {
 advices! {
     /// Throws the pages away; the next touch finds zeroes, or the file.
     DontNeed = libc::MADV_DONTNEED, MadviseDontNeed;
+    /// First to go when memory is short. Refused for just the memory for which `DontNeed` is.
+    Cold = libc::MADV_COLD, MadviseCold;
     /// Children do not get it.
     DontFork = libc::MADV_DONTFORK, MadviseFork;
     /// Children get it (the default).

@@ -340,6 +340,7 @@ calls! {
     #[cfg(test)]
     MmapKind,
     MadviseDontNeed,
+    MadviseCold,
     MadviseFork,
     MadviseDump,
     MadviseHuge,
