@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
+import os
 import pickle
 import resource
 import subprocess
@@ -163,6 +165,25 @@ def test_discard_of_a_read_only_buffer(engine: Engine) -> None:
     with pytest.raises(ValueError, match="read-only"):
         engine.discard(data)
     assert data == b"x" * (4 * PAGE)
+
+
+def test_discard_of_locked_pages(engine: Engine) -> None:
+    # The merged pages were thrown away before the locked ones were found, though the error said that
+    # nothing was.
+    arena = Arena([1, 1, 1, 1, 5, 6])
+    engine.register(arena.map)
+    engine.settle()
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(arena.map))
+    locked = ctypes.c_void_p(first + 4 * PAGE), ctypes.c_size_t(PAGE)
+    assert libc.mlock(*locked) == 0, os.strerror(ctypes.get_errno())
+    with pytest.raises(OSError, match=r"1 of them are mlocked .* nothing was discarded") as caught:
+        engine.discard(arena.map)
+    assert caught.value.errno == errno.EINVAL
+    assert arena.tags() == [1, 1, 1, 1, 5, 6]
+    assert libc.munlock(*locked) == 0
+    engine.discard(arena.map)
+    assert arena.tags() == [0] * 6
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,8 @@ fn frames_shared_by_neighbouring_regions_come_apart_page_by_page() {
 /// Discarding memory that its owner had locked in part failed half done: the kernel refuses to discard
 /// locked pages (`EINVAL`), but by then the merged pages of the range had been thrown away, while the
 /// error said that nothing was changed. It showed in a stress whose threads lock what others discard:
-/// pages read zero after a call that had failed.
+/// pages read zero after a call that had failed. (Where only merged pages were locked it did not even
+/// fail, and their lock was gone.)
 fn locked_pages_are_not_discarded_half_done() {
     const PAGES: usize = 12;
     let engine = engine(Remerge::Quiet);
