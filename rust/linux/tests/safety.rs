@@ -196,6 +196,7 @@ fn every_test_that_the_document_names_exists() {
                 format!("rust/linux/src/{file}.rs"),
                 format!("rust/linux/src/sys/{file}.rs"),
                 format!("tests/{file}.py"),
+                format!("fuzz/tests/{file}.rs"),
             ];
             // A test of several files counts as one.
             let mut parts = Vec::new();
