@@ -1,7 +1,11 @@
 //! The red-black tree against an ordered list. After each operation the tree's own check must hold, the
 //! order must be the list's, and a walk must be no longer than a red-black tree allows.
 
+#[path = "../../rust/core/tests/support/nodes.rs"]
+mod nodes;
+
 use arbitrary::{Arbitrary, Unstructured};
+use nodes::{Node, Nodes};
 use pagemerge_core::rbtree::{self, Links, NIL, Place, Side};
 
 /// Keys and numbers: so many nodes are plenty to meet every case of rebalancing.
@@ -18,40 +22,9 @@ enum Op {
     Replace { old: u8, new: u8 },
 }
 
-#[derive(Clone, Copy, Default)]
-struct Node {
-    child: [u32; 2],
-    parent: u32,
-    red: bool,
-    key: u8,
-}
-
-struct Nodes(Vec<Node>);
-
-impl Links for Nodes {
-    fn child(&self, at: u32, side: Side) -> u32 {
-        self.0[at as usize].child[side as usize]
-    }
-    fn set_child(&mut self, at: u32, side: Side, to: u32) {
-        self.0[at as usize].child[side as usize] = to;
-    }
-    fn parent(&self, at: u32) -> u32 {
-        self.0[at as usize].parent
-    }
-    fn set_parent(&mut self, at: u32, to: u32) {
-        self.0[at as usize].parent = to;
-    }
-    fn is_red(&self, at: u32) -> bool {
-        self.0[at as usize].red
-    }
-    fn set_red(&mut self, at: u32, red: bool) {
-        self.0[at as usize].red = red;
-    }
-}
-
 impl Nodes {
     /// Where `key` belongs, and how many nodes the walk passed.
-    fn place(&self, root: u32, key: u8, after: bool) -> (Place, usize) {
+    fn place(&self, root: u32, key: u16, after: bool) -> (Place, usize) {
         let (mut place, mut at, mut passed) = (Place::ROOT, root, 0);
         while at != NIL {
             let other = self.0[at as usize].key;
@@ -84,7 +57,7 @@ pub fn run(input: &[u8]) {
     {
         match op {
             Op::Insert { node, key, after } => {
-                let node = u32::from(node % NODES);
+                let (node, key) = (u32::from(node % NODES), u16::from(key));
                 if list.contains(&node) {
                     continue;
                 }

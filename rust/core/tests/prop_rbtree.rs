@@ -1,42 +1,13 @@
 //! The red-black tree against `BTreeMap`: any sequence of operations gives the same order, and the tree
 //! keeps its invariants after each.
 
+#[path = "support/nodes.rs"]
+mod nodes;
+
+use nodes::{Node, Nodes};
 use pagemerge_core::rbtree::{self, Links, NIL, Place, Side};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-
-/// Nodes with a key each.
-#[derive(Default)]
-struct Nodes(Vec<Node>);
-
-#[derive(Clone, Copy)]
-struct Node {
-    key: u16,
-    child: [u32; 2],
-    parent: u32,
-    red: bool,
-}
-
-impl Links for Nodes {
-    fn child(&self, at: u32, side: Side) -> u32 {
-        self.0[at as usize].child[side as usize]
-    }
-    fn set_child(&mut self, at: u32, side: Side, to: u32) {
-        self.0[at as usize].child[side as usize] = to;
-    }
-    fn parent(&self, at: u32) -> u32 {
-        self.0[at as usize].parent
-    }
-    fn set_parent(&mut self, at: u32, to: u32) {
-        self.0[at as usize].parent = to;
-    }
-    fn is_red(&self, at: u32) -> bool {
-        self.0[at as usize].red
-    }
-    fn set_red(&mut self, at: u32, red: bool) {
-        self.0[at as usize].red = red;
-    }
-}
 
 impl Nodes {
     fn new_node(&mut self, key: u16) -> u32 {

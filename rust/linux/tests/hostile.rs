@@ -83,6 +83,12 @@ fn pages_equal_but_for_the_last_word() {
     }
 }
 
+/// Pages that are counted under what they were found to be.
+fn known(stats: &EngineStats) -> u64 {
+    let core = &stats.core;
+    core.pages_shared + core.pages_sharing + core.pages_unshared + core.pages_volatile
+}
+
 /// What the engine takes is what it says, and not more than 24 bytes a page with a record, 80 a frame,
 /// and a constant.
 fn assert_memory(stats: &EngineStats, before: i64) {
@@ -131,9 +137,7 @@ fn equal_pages_beyond_all_mappings_end_every_pass() {
             let stats = scan(&engine);
             let cpu = Duration::from_nanos(stats.cpu_nanos - cpu_before);
             figures.push((stats.core.pages_merged, cpu, bytes_read() - read));
-            let core = &stats.core;
-            let known =
-                core.pages_shared + core.pages_sharing + core.pages_unshared + core.pages_volatile;
+            let (core, known) = (&stats.core, known(&stats));
             // A frame whose second sharer was refused is taken back, and its page has to be quiet first.
             let waits = skipped(&stats, Reason::NotQuiet) + skipped(&stats, Reason::MappingBudget);
             assert!(
@@ -166,17 +170,18 @@ fn equal_pages_beyond_all_mappings_end_every_pass() {
             assert_memory(&stats, before);
         }
         println!("figure: {max_page_sharing} to a frame: (merged, CPU, bytes read) {figures:?}");
-        (0..PAGES)
-            .step_by(7)
-            .for_each(|page| memory.assert_shows(page, 1, "merged"));
+        let some = |when: &str| {
+            (0..PAGES)
+                .step_by(7)
+                .for_each(|page| memory.assert_shows(page, 1, when));
+        };
+        some("merged");
         engine.unregister(region).expect("un-merged");
         let stats = engine.stats().expect("stats");
         assert_eq!((stats.space.frames, stats.core.rmap_items), (0, 0));
         assert_memory(&stats, before);
         assert_eq!(merged_pages(&memory), 0);
-        (0..PAGES)
-            .step_by(7)
-            .for_each(|page| memory.assert_shows(page, 1, "un-merged"));
+        some("un-merged");
         engine.close().expect("closed");
     }
 }
@@ -215,9 +220,7 @@ fn pages_rewritten_all_the_time_end_every_pass() {
                 memory.fill(page, 1 + pass % 2);
             }
             let stats = scan(&engine);
-            let core = &stats.core;
-            let known =
-                core.pages_shared + core.pages_sharing + core.pages_unshared + core.pages_volatile;
+            let (core, known) = (&stats.core, known(&stats));
             assert!(known <= PAGES as u64, "{core:?}");
             assert_eq!(core.full_scans, pass + 1);
             for page in PAGES / 2..PAGES {

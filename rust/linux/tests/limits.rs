@@ -811,21 +811,23 @@ fn without_threads() {
 /// and all goes on when the limit is raised.
 fn unmerging_refuses_before_a_memory_limit() {
     for how in ["unregister", "run", "close", "drop"] {
-        let group = os::Group::new("refuse", 256 << 20);
-        let inside = scenario_with(
-            "unmerging_short_of_memory",
-            &[("GROUP", group.path()), ("HOW", how)],
-        );
-        inside.end(Duration::from_secs(150)).expect_success();
-        let (kills, _) = group.misery();
-        assert_eq!(kills, 0, "the OOM killer was there");
+        in_a_group("refuse", "unmerging_short_of_memory", how);
     }
 }
 
 const MERGED: usize = 16 << 10;
 
-/// Merges 64 MiB of duplicates and then takes the group's limit down to 8 MiB above what is used.
-fn short_of_memory() -> (Memory, Engine, pagemerge_linux::RegionHandle, String) {
+/// Runs a scenario in a memory group of 256 MiB, where nobody may be killed.
+fn in_a_group(name: &str, inside: &str, how: &str) {
+    let group = os::Group::new(name, 256 << 20);
+    scenario_with(inside, &[("GROUP", group.path()), ("HOW", how)])
+        .end(Duration::from_secs(150))
+        .expect_success();
+    assert_eq!(group.misery().0, 0, "the OOM killer was there");
+}
+
+/// 64 MiB of duplicates, merged in the group that a scenario has been given.
+fn merged_in_the_group() -> (Memory, Engine, pagemerge_linux::RegionHandle, String) {
     let path = std::env::var("GROUP").expect("the group");
     os::enter_group(&path);
     let memory = Memory::new(MERGED);
@@ -833,7 +835,18 @@ fn short_of_memory() -> (Memory, Engine, pagemerge_linux::RegionHandle, String) 
     let engine = engine(Remerge::Quiet);
     let region = register(&engine, &memory);
     merge(&engine);
-    assert!(merged_pages(&memory) == MERGED);
+    assert_eq!(merged_pages(&memory), MERGED);
+    (memory, engine, region, path)
+}
+
+fn assert_unmerged(memory: &Memory) {
+    assert_filled(memory, CONTENTS, "un-merged");
+    assert_eq!(merged_pages(memory), 0);
+}
+
+/// Takes the group's limit down to 8 MiB above what is used.
+fn short_of_memory() -> (Memory, Engine, pagemerge_linux::RegionHandle, String) {
+    let (memory, engine, region, path) = merged_in_the_group();
     let used: u64 = fs::read_to_string(format!("{path}/memory.usage_in_bytes"))
         .expect("the group's figure")
         .trim()
@@ -911,26 +924,16 @@ fn unmerging_short_of_memory() {
         });
     }
     go(&engine).expect("there is memory again");
-    assert_filled(&memory, CONTENTS, "un-merged");
-    assert_eq!(merged_pages(&memory), 0);
+    assert_unmerged(&memory);
 }
 
 /// A group that has read files is full of what the kernel can drop: that is room.
 fn file_cache_is_room_to_unmerge() {
-    let group = os::Group::new("cache", 256 << 20);
-    let inside = scenario_with("unmerging_among_file_cache", &[("GROUP", group.path())]);
-    inside.end(Duration::from_secs(100)).expect_success();
-    assert_eq!(group.misery().0, 0, "the OOM killer was there");
+    in_a_group("cache", "unmerging_among_file_cache", "");
 }
 
 fn unmerging_among_file_cache() {
-    let path = std::env::var("GROUP").expect("the group");
-    os::enter_group(&path);
-    let memory = Memory::new(MERGED);
-    fill(&memory, CONTENTS);
-    let engine = engine(Remerge::Quiet);
-    let region = register(&engine, &memory);
-    merge(&engine);
+    let (memory, engine, region, path) = merged_in_the_group();
     // 300 MiB of clean cache would fit only by dropping some of it again.
     let file = os::temporary("cache");
     let mut open = fs::File::create(&file).expect("a file");
@@ -952,16 +955,12 @@ fn unmerging_among_file_cache() {
     let told = engine.unregister(region);
     fs::remove_file(&file).expect("our file");
     told.expect("file cache makes room");
-    assert_filled(&memory, CONTENTS, "un-merged");
-    assert_eq!(merged_pages(&memory), 0);
+    assert_unmerged(&memory);
 }
 
 /// Frames are charged to the group, too: at its limit merging stops by name, and goes on later.
 fn frames_that_do_not_fit_a_group_are_refused_by_name() {
-    let group = os::Group::new("frames", 256 << 20);
-    let inside = scenario_with("merging_short_of_memory", &[("GROUP", group.path())]);
-    inside.end(Duration::from_secs(150)).expect_success();
-    assert_eq!(group.misery().0, 0, "the OOM killer was there");
+    in_a_group("frames", "merging_short_of_memory", "");
 }
 
 fn merging_short_of_memory() {
