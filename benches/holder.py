@@ -13,13 +13,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import mmap
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pagemerge
-from memory import CASES, PAGE, Memory
+from memory import CASES, HUGE, PAGE, Memory
 from pagemerge._core import memory_usage
 
 MADV_MERGEABLE = 12
@@ -47,7 +49,7 @@ class Holder:
 
     def build(self, case: str, mib: int, seed: int) -> dict[str, Any]:
         with Timer() as timer:
-            self.memory = Memory(CASES[case], mib, seed)
+            self.memory = Memory((CASES | HUGE)[case], mib, seed)
         return {
             "pages": self.memory.pages,
             "redundant": self.memory.redundant,
@@ -83,6 +85,33 @@ class Holder:
         with Timer() as timer:
             self.merger.close()
         return timer.figures()
+
+    def start(self) -> None:
+        """Merges in the background."""
+        self.merger.start()
+
+    def sparse(self, mib: int, every: int) -> dict[str, Any]:
+        """Registers a space of which one page in `every` has ever been touched, and scans it."""
+        memory = mmap.mmap(-1, mib << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        touched = np.frombuffer(memory, dtype=np.uint64)[:: every * PAGE // 8]
+        if every * PAGE < mib << 20:
+            touched[:] = np.arange(1, touched.size + 1, dtype=np.uint64)
+        with Timer() as making:
+            self.merger = pagemerge.Engine()
+            self.merger.register(memory)
+        passes = [self.scan() for _ in range(8)]
+        metadata = self.merger.stats().metadata_bytes
+        with Timer() as closing:
+            self.merger.close()
+        return {
+            "register": making.figures(),
+            "first": passes[0],
+            "rest": min(passes[3:], key=lambda entry: entry["cpu"]),
+            "unregister": closing.figures(),
+            "touched": touched.size,
+            "metadata_bytes": metadata,
+        }
 
     # -- the kernel
 
@@ -122,6 +151,12 @@ class Holder:
         with Timer() as timer:
             count = self.memory.change(share)
         return {**timer.figures(), "pages": count}
+
+    def huge(self) -> int:
+        """Bytes of this process that are backed by huge pages."""
+        text = Path("/proc/self/smaps_rollup").read_text()
+        [line] = [line for line in text.splitlines() if line.startswith("AnonHugePages")]
+        return int(line.split()[1]) * 1024
 
     def pss(self) -> int:
         return memory_usage()["pss"]

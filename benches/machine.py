@@ -32,7 +32,15 @@ STATE = ("pages_shared", "pages_sharing", "ksm_zero_pages", "pages_unshared")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LOCK = Path(tempfile.gettempdir()) / "pagemerge-tests-machine.lock"
 
-__all__ = ["Child", "FullSpeed", "UnavailableError", "ksmd_cpu", "mappings", "why_no_ksmd"]
+__all__ = [
+    "Child",
+    "FullSpeed",
+    "UnavailableError",
+    "ksm_kernel",
+    "ksmd_cpu",
+    "mappings",
+    "why_no_ksmd",
+]
 
 
 def ksmd_cpu() -> float:

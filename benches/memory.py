@@ -5,7 +5,7 @@ so that 16 GiB need little more than 16 GiB. It can be changed as its case says,
 of each page, so that at the end every page is read back and compared.
 
 Huge pages are off: each of these cases is about pages, and a rival that splits huge pages while
-another finds them split already would be measured by its turn. `hugepages.py` is about them.
+another finds them split already would be measured by its turn. `HUGE` has cases of their own.
 
 Pages differ in their first words, as real pages do, but for the case that is made to be different
 there.
@@ -65,11 +65,11 @@ class Memory:
     def pages(self) -> int:
         return int(self.starts[-1])
 
-    def map(self, pages: int) -> Pages:
+    def map(self, pages: int, huge: bool = False) -> Pages:
         """A mapping of its own, with nothing in it yet."""
         memory = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:  # noqa: SIM105
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         except OSError:
             pass  # A kernel without huge pages has nothing to forbid.
         return np.frombuffer(memory, dtype=np.uint64).reshape(pages, WORDS)
@@ -188,6 +188,21 @@ def _instagram(memory: Memory) -> None:
     memory.arrays = [pages[low:high] for low, high in itertools.pairwise(cuts)]
 
 
+def _huge(percent: int) -> Callable[[Memory], None]:
+    """Backed by huge pages; so many per cent of the pages, anywhere, come in four copies."""
+
+    def build(memory: Memory) -> None:
+        pages = memory.map((memory.mib << 20) // PAGE, huge=True)
+        memory.fill(pages)
+        groups = len(pages) * percent // 100 // COPIES
+        chosen = memory.random.permutation(len(pages))[: groups * COPIES]
+        memory.repeat(pages, chosen.reshape(groups, COPIES))
+        memory.redundant = groups * (COPIES - 1)
+        memory.arrays = [pages]
+
+    return build
+
+
 def _demo(memory: Memory) -> None:
     """The memory of `pagemerge demo`: files and tables as 8 workers of a server have them."""
     from pagemerge._demo import Memory as Demo
@@ -217,5 +232,13 @@ CASES = {
         Case("arcangeli", "all pages equal but for the last word", _arcangeli, target=20),
         Case("instagram", "32 workers: 61 % volatile, 40 sharers each", _instagram),
         Case("demo", "the demo's real files, 8 workers", _demo, zero_pages=True),
+    )
+}
+
+HUGE = {
+    case.name: case
+    for case in (
+        Case(f"huge{percent}", f"huge pages, {percent} % duplicates (4 copies)", _huge(percent))
+        for percent in (0, 1, 50, 100)
     )
 }

@@ -81,7 +81,7 @@ class Skipped(Exception):  # noqa: N818 - not an error
 # ------------------------------------------------------------------------------------ one rival
 
 
-def _converge(child: Child, scan: Callable[[], Result]) -> tuple[list[Result], int]:
+def converge(child: Child, scan: Callable[[], Result]) -> tuple[list[Result], int]:
     """Passes until two have changed nothing; and how many of them count."""
     passes: list[Result] = []
     known, counted = [0, 0, 0, 0], 0
@@ -131,10 +131,10 @@ def pagemerge(case: Case, mib: int, seed: int, settings: dict[str, Any]) -> Resu
             def scan() -> Result:
                 return child.ask("scan")
 
-            passes, counted = _converge(child, scan)
+            passes, counted = converge(child, scan)
             saved = pss - child.ask("pss")
             stats = child.ask("stats")
-            result = _result(memory, passes, counted, made, saved)
+            result = result_of(memory, passes, counted, made, saved)
             result |= _later(case, child, scan, "")
             result["verify"] = child.ask("verify")
             result["unmerge"] = child.ask("close")
@@ -156,9 +156,9 @@ def ksmd(case: Case, mib: int, seed: int) -> Result:
             with FullSpeed(lock_seconds=900, pass_seconds=60 + mib / 4) as ksm:
                 ksm.begin(use_zero_pages=int(case.zero_pages))
                 made = child.ask("mergeable")
-                passes, counted = _converge(child, ksm.timed_pass)
+                passes, counted = converge(child, ksm.timed_pass)
                 saved = pss - child.ask("pss")
-                result = _result(memory, passes, counted, made, saved)
+                result = result_of(memory, passes, counted, made, saved)
                 result |= _later(case, child, ksm.timed_pass, "")
                 ksm.set("smart_scan", 0)
                 child.ask("churn")
@@ -175,7 +175,7 @@ def dict_of_hashes(case: Case, mib: int, seed: int) -> Result:
     with Child.holder() as child:
         memory = child.ask("build", case.name, mib, seed)
         found = child.ask("find")
-        result = _result(memory, [found], 1, {"cpu": 0.0, "wall": 0.0}, 0)
+        result = result_of(memory, [found], 1, {"cpu": 0.0, "wall": 0.0}, 0)
         # It remembers nothing from pass to pass that would make the next one cheaper.
         again = child.ask("find")
         for name in ("rest", "changed"):
@@ -192,9 +192,10 @@ def _later(case: Case, child: Child, scan: Callable[[], Result], suffix: str) ->
     }
 
 
-def _result(
+def result_of(
     memory: Result, passes: list[Result], counted: int, made: Result, saved_pss: int
 ) -> Result:
+    """The figures of one rival until it has converged."""
     cpu = made["cpu"] + sum(entry["cpu"] for entry in passes[:counted])
     wall = made["wall"] + sum(entry["wall"] for entry in passes[:counted])
     _, sharing, zero = passes[-1]["state"][:3]
@@ -295,7 +296,8 @@ def ratios(rows: list[dict[str, Result]], ours: str, *keys: str) -> list[float]:
 TARGETS = {"rest": 500.0, "changed": 100.0}
 
 
-def _judged(values: Sequence[float], target: float | None) -> list[str]:
+def judged(values: Sequence[float], target: float | None = None) -> list[str]:
+    """Three cells: the median, least and greatest, and whether the target is reached."""
     if not values:
         return ["-", "", ""]
     middle, least, most = spread(values)
@@ -354,7 +356,7 @@ def report(measured: Result) -> Iterator[str]:
                     f"{mid('saved_bytes') / 2**20:,.1f}" if rival != "dict" else "finds",
                     f"{mid('saved_share'):.1%}" if mid("redundant") else "-",
                     f"{mid('saved_pss') / 2**20:,.1f}" if rival != "dict" else "-",
-                    *_judged(
+                    *judged(
                         ratios(rows, rival, "") if rival != "ksmd" else [],
                         CASES[name].target if ours else None,
                     ),
@@ -389,8 +391,8 @@ def report(measured: Result) -> Iterator[str]:
                         f"{name} {'steady' if name == 'instagram' else what}, {rival}",
                         f"{1e3 * statistics.median(own):.2f}",
                         *(f"{1e3 * statistics.median(cpu):.1f}" if cpu else "-" for cpu in theirs),
-                        *_judged(ratios(rows, rival, key), target),
-                        *_judged(ratios(rows, rival, key + "_all", key), target),
+                        *judged(ratios(rows, rival, key), target),
+                        *judged(ratios(rows, rival, key + "_all", key), target),
                     ]
                 )
     yield table(
