@@ -25,141 +25,30 @@
 // For memory of its own that it hands to an engine and to the kernel.
 #![allow(unsafe_code)]
 
+#[path = "../benches/support/memory.rs"]
+mod memory;
+
+use memory::{Dice, Memory};
 use pagemerge_linux::core::{AdvisorMode, Settings};
-use pagemerge_linux::{Engine, EngineSettings, EngineStats, RegionHandle, page_size};
+use pagemerge_linux::{Engine, EngineSettings, EngineStats, RegionHandle};
 use std::error::Error;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Few enough that most pages stay unwritten while they are merged.
 const PERIOD: Duration = Duration::from_micros(100);
-const COPIES: usize = 4;
-
-/// Private anonymous memory without huge pages; never unmapped.
-struct Memory {
-    words: &'static [AtomicU64],
-    per_page: usize,
-    /// What the writer last wrote to a page, where it did.
-    written: Vec<u64>,
-}
-
-impl Memory {
-    /// A new mapping; in the place of `old`, if there is one, which is as long and not registered.
-    fn map(mib: usize, old: Option<&Self>) -> Result<Self, Box<dyn Error>> {
-        let bytes = mib << 20;
-        let (prot, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        );
-        let (at, fixed) = match old {
-            Some(old) if old.bytes() == bytes => {
-                (old.words.as_ptr().cast_mut().cast(), libc::MAP_FIXED)
-            }
-            Some(_) => return Err("the memory keeps its size".into()),
-            None => (std::ptr::null_mut(), 0),
-        };
-        // SAFETY: it replaces nothing, or memory of ours that is read and written by atomics only,
-        // which go on in the new one. The engine does not have it any more.
-        let at = unsafe { libc::mmap(at, bytes, prot, flags | fixed, -1, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        // SAFETY: advice for the mapping made above. A kernel without huge pages refuses it, which
-        // is as good.
-        unsafe { libc::madvise(at, bytes, libc::MADV_NOHUGEPAGE) };
-        // SAFETY: the mapping is `bytes` long, aligned to a page, zeroed, and never unmapped.
-        let words = unsafe { std::slice::from_raw_parts(at.cast::<AtomicU64>(), bytes / 8) };
-        Ok(Self {
-            words,
-            per_page: page_size() / 8,
-            written: vec![0; bytes / page_size()],
-        })
-    }
-
-    fn addr(&self) -> usize {
-        self.words.as_ptr().addr()
-    }
-
-    fn bytes(&self) -> usize {
-        size_of_val(self.words)
-    }
-
-    fn pages(&self) -> usize {
-        self.written.len()
-    }
-
-    fn word(&self, page: usize) -> &AtomicU64 {
-        &self.words[page * self.per_page + 1]
-    }
-
-    /// Half of all runs of `run` pages have four copies; with 0 none.
-    fn fill(&mut self, run: usize, dice: &mut Dice) {
-        let pages = self.pages();
-        let mut content: Vec<u64> = (0..pages as u64).collect();
-        if let Some(runs) = pages.checked_div(run) {
-            let mut order: Vec<usize> = (0..runs).collect();
-            for at in (1..runs).rev() {
-                order.swap(at, dice.below(at + 1));
-            }
-            for group in order[..runs / 2].chunks_exact(COPIES) {
-                for copy in &group[1..] {
-                    for page in 0..run {
-                        content[copy * run + page] = content[group[0] * run + page];
-                    }
-                }
-            }
-        }
-        let salt = dice.roll();
-        for (page, tag) in content.into_iter().enumerate() {
-            let mut state = Dice(salt ^ tag.wrapping_mul(0xd6e8_feb8_6659_fd93));
-            for word in &self.words[page * self.per_page..(page + 1) * self.per_page] {
-                word.store(state.roll(), Ordering::Relaxed);
-            }
-        }
-        self.written.fill(0);
-    }
-
-    fn advise(&self, advice: i32) -> Result<(), Box<dyn Error>> {
-        let at = self.words.as_ptr().cast_mut().cast();
-        // SAFETY: the whole of a mapping that is ours, and advice that changes no byte.
-        if unsafe { libc::madvise(at, self.bytes(), advice) } == 0 {
-            return Ok(());
-        }
-        Err(std::io::Error::last_os_error().into())
-    }
-
-    fn wrong(&self) -> usize {
-        let written = self.written.iter().enumerate();
-        written
-            .filter(|&(page, &value)| {
-                value != 0 && self.word(page).load(Ordering::Relaxed) != value
-            })
-            .count()
-    }
-}
-
-/// A seeded source of numbers.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut n = self.0;
-        n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        n ^ (n >> 31)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        usize::try_from((u128::from(self.roll()) * end as u128) >> 64).expect("less than end")
-    }
-}
 
 /// Writes until it is told to stop; the nanoseconds of each write.
-fn write(memory: &mut Memory, dice: &mut Dice, stop: &AtomicBool, times: &mut Vec<u32>) {
+fn write(
+    memory: &Memory,
+    written: &mut [u64],
+    dice: &mut Dice,
+    stop: &AtomicBool,
+    times: &mut Vec<u32>,
+) {
     let mut due = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         let page = dice.below(memory.pages());
@@ -171,7 +60,7 @@ fn write(memory: &mut Memory, dice: &mut Dice, stop: &AtomicBool, times: &mut Ve
         let began = Instant::now();
         word.store(value, Ordering::SeqCst);
         let took = began.elapsed();
-        memory.written[page] = value;
+        written[page] = value;
         times.push(u32::try_from(took.as_nanos()).unwrap_or(u32::MAX));
         // Never two at once to make up for a late one.
         due = (due + PERIOD).max(began);
@@ -180,6 +69,8 @@ fn write(memory: &mut Memory, dice: &mut Dice, stop: &AtomicBool, times: &mut Ve
 
 struct Bench {
     memory: Option<Memory>,
+    /// What was last written to a page, where anything was.
+    written: Vec<u64>,
     engine: Option<Engine>,
     region: Option<RegionHandle>,
     busy: Vec<(Arc<AtomicBool>, thread::JoinHandle<()>)>,
@@ -200,6 +91,7 @@ impl Bench {
     fn new() -> Self {
         Self {
             memory: None,
+            written: Vec::new(),
             engine: None,
             region: None,
             busy: Vec::new(),
@@ -216,8 +108,8 @@ impl Bench {
         }
     }
 
-    fn memory(&mut self) -> Result<&mut Memory, Box<dyn Error>> {
-        self.memory.as_mut().ok_or_else(|| "no memory yet".into())
+    fn memory(&self) -> Result<&Memory, Box<dyn Error>> {
+        self.memory.as_ref().ok_or_else(|| "no memory yet".into())
     }
 
     fn engine(&self) -> Result<Engine, Box<dyn Error>> {
@@ -229,7 +121,7 @@ impl Bench {
             return Err("the memory is registered".into());
         }
         // New each time: what was merged before and written would not merge at once.
-        let mut memory = Memory::map(mib, self.memory.as_ref())?;
+        let memory = Memory::map(mib, self.memory.as_ref())?;
         let run = match kind {
             "scattered" => 1,
             "runs" => 512,
@@ -237,6 +129,7 @@ impl Bench {
             _ => return Err(format!("there is no kind {kind}").into()),
         };
         memory.fill(run, &mut self.dice);
+        self.written = vec![0; memory.pages()];
         self.memory = Some(memory);
         Ok(())
     }
@@ -293,6 +186,7 @@ impl Bench {
         let stop = AtomicBool::new(false);
         let Self {
             memory: Some(memory),
+            written,
             dice,
             times,
             ..
@@ -302,7 +196,7 @@ impl Bench {
         };
         let began = Instant::now();
         let done = thread::scope(|scope| {
-            let writer = scope.spawn(|| write(memory, dice, &stop, times));
+            let writer = scope.spawn(|| write(memory, written, dice, &stop, times));
             let done = work();
             stop.store(true, Ordering::Relaxed);
             writer.join().expect("it only writes");
@@ -317,7 +211,13 @@ impl Bench {
             self.saved += after.core.pages_sharing + after.core.ksm_zero_pages;
         }
         self.passes += passes;
-        self.wrong += self.memory()?.wrong();
+        let memory = self.memory()?;
+        let written = self.written.iter().enumerate();
+        self.wrong += written
+            .filter(|&(page, &value)| {
+                value != 0 && memory.word(page).load(Ordering::Relaxed) != value
+            })
+            .count();
         Ok(())
     }
 
