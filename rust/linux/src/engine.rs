@@ -560,6 +560,12 @@ impl EngineState {
         })
     }
 
+    /// Takes out of userfaultfd what windows could not take out.
+    pub(crate) fn let_waiters_go(&mut self) {
+        // What still cannot be is told to nobody: this engine has ended.
+        let _ = self.space.close_again(Span::default());
+    }
+
     /// Un-merges everything. What cannot be un-merged stays merged, and the engine with it.
     fn close(&mut self) -> Result<(), Error> {
         let _phase = enter(Phase::Close);

@@ -508,13 +508,18 @@ impl LinuxSpace {
             return Ok(());
         };
         let (page, mut left) = (self.page, Ok(()));
-        for run in std::mem::take(&mut self.windows.unclosed) {
+        // Each stays in the list until it is done, whatever happens meanwhile.
+        let mut at = 0;
+        while let Some(&run) = self.windows.unclosed.get(at) {
             let region = self
                 .regions
                 .values()
                 .find(|region| region.live.span().covers(run));
             // A region that has gone took its runs with it.
-            let Some(region) = region else { continue };
+            let Some(region) = region else {
+                self.windows.unclosed.swap_remove(at);
+                continue;
+            };
             let first = (run.start - region.live.span().start) / page;
             let mut stop = None;
             // Frames are never registered (invariant L2).
@@ -533,19 +538,21 @@ impl LinuxSpace {
                     Err(error) => stop = Some(error),
                 }
             });
-            if let Some(stop) = stop {
-                tracing::warn!(%stop, %run, "a window's pages cannot be taken out of userfaultfd");
-                if run.overlaps(span) && left.is_ok() {
-                    left = Err(Error::os(
-                        format!(
-                            "cannot let {} pages of a window go (UFFDIO_UNREGISTER)",
-                            run.pages()
-                        ),
-                        stop.into(),
-                    ));
-                }
-                self.windows.unclosed.push(run);
+            let Some(stop) = stop else {
+                self.windows.unclosed.swap_remove(at);
+                continue;
+            };
+            tracing::warn!(%stop, %run, "a window's pages cannot be taken out of userfaultfd");
+            if run.overlaps(span) && left.is_ok() {
+                left = Err(Error::os(
+                    format!(
+                        "cannot let {} pages of a window go (UFFDIO_UNREGISTER)",
+                        run.pages()
+                    ),
+                    stop.into(),
+                ));
             }
+            at += 1;
         }
         self.windows.reserve_unclosed();
         left

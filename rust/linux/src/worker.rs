@@ -120,7 +120,9 @@ impl Stage {
             Ok(done) => Ok(done),
             Err(panic) => {
                 let why = panic_text(panic.as_ref());
-                if let Some(Entry::Alive(engine)) = self.engines.remove(&id) {
+                if let Some(Entry::Alive(mut engine)) = self.engines.remove(&id) {
+                    // What windows have left behind would make whoever touches it wait for ever.
+                    let _ = catch_unwind(AssertUnwindSafe(|| engine.let_waiters_go()));
                     self.engines.insert(id, Entry::Broken(why.clone(), engine));
                 }
                 Err(Error::Worker(why))

@@ -35,6 +35,7 @@ pub(crate) const ANSWERS: &[Answers] = answers! {
     "Mremap" "mremap(2)": EAGAIN EFAULT EINVAL ENOMEM EPERM;
     "MremapPages" "mremap(2)": EAGAIN EFAULT EINVAL ENOMEM EPERM;
     "MadviseDontNeed" "madvise(2)": EACCES EAGAIN EBADF EINVAL EIO ENOMEM EPERM;
+    "MadviseCold" "madvise(2)": EACCES EAGAIN EBADF EINVAL EIO ENOMEM EPERM;
     "MadviseFork" "madvise(2)": EACCES EAGAIN EINVAL EIO ENOMEM EPERM;
     "MadviseDump" "madvise(2)": EACCES EAGAIN EINVAL EIO ENOMEM EPERM;
     "MadviseHuge" "madvise(2)": EACCES EAGAIN EINVAL EIO ENOMEM EPERM;
