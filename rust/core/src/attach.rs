@@ -248,7 +248,7 @@ impl Scanner {
             .filter(|&node| self.stable.get(node).tree == tree)
             .collect();
         self.stable
-            .for_each_below(self.trees[tree as usize].stable, |node| nodes.push(node));
+            .for_each_in(&self.trees[tree as usize].stable, |node| nodes.push(node));
         nodes.sort_unstable();
         self.purge(nodes);
     }

@@ -5,7 +5,8 @@
 //! # Cost
 //! O(n log n) in records and nodes, and as much memory: for tests, simulation and fuzzing.
 
-use crate::rbtree::{self, NIL};
+use crate::forest::Forest;
+use crate::rbtree::{self, Links, NIL};
 use crate::regions::{Life, RING};
 use crate::rmap::{ATTACHED, BROKEN, EXISTS, HASHED, RECHECK, UNSTABLE, ZERO};
 use crate::stable_tree::{Noted, Role, StableNode};
@@ -87,7 +88,7 @@ pub fn all_with_contents<S: PageSpace>(
     }
     let nodes = &scanner.stable;
     for tree in &scanner.trees {
-        let order = rbtree::check(nodes, tree.stable).unwrap_or_default();
+        let order = in_order(nodes, &tree.stable, |node| nodes.get(node).hash).unwrap_or_default();
         let mut before: Option<u32> = None;
         for entry in order {
             let mut frames = frames_of(scanner, entry)
@@ -152,7 +153,7 @@ fn stable_trees(scanner: &Scanner) -> Proof {
     let mut seen = BTreeSet::new();
     let (mut chains, mut dups) = (0, 0);
     for (number, tree) in (0..).zip(&scanner.trees) {
-        let order = rbtree::check(nodes, tree.stable)?;
+        let order = in_order(nodes, &tree.stable, |node| nodes.get(node).hash)?;
         let mut hash = 0;
         for entry in order {
             let it = nodes.get(entry);
@@ -427,12 +428,34 @@ fn records(scanner: &Scanner) -> Proof {
     Ok(())
 }
 
+/// O1, O2, T1 to T3. The nodes of a tree, in order.
+fn in_order<L: Links>(
+    links: &L,
+    tree: &Forest,
+    key: impl Fn(u32) -> u64,
+) -> Result<Vec<u32>, Broken> {
+    let parts = tree.roots().len();
+    require!(parts.is_power_of_two(), "O1", "{parts} parts");
+    let mut order = Vec::new();
+    for &root in tree.roots() {
+        let part = rbtree::check(links, root)?;
+        let stray = part.iter().find(|&&node| tree.root(key(node)) != root);
+        require!(stray.is_none(), "O1", "{stray:?} is in another's part");
+        order.extend(part);
+    }
+    let (found, known) = (order.len(), tree.len());
+    require!(found == known, "O2", "{found} nodes, {known} known");
+    Ok(order)
+}
+
 /// U1, U2.
 fn unstable_trees(scanner: &Scanner) -> Proof {
     let mut in_trees = BTreeSet::new();
     for (number, tree) in scanner.trees.iter().enumerate() {
         let mut hash = 0;
-        for page in rbtree::check(&scanner.records, tree.unstable)? {
+        for page in in_order(&scanner.records, &tree.unstable, |page| {
+            scanner.records.get(PageId(page)).hash
+        })? {
             let item = scanner.records.get(PageId(page));
             require!(in_trees.insert(page), "U1", "page {page} is in two trees");
             require!(
@@ -655,7 +678,7 @@ mod tests {
         use crate::rbtree::Links;
         let stale_key = |s: &mut Scanner| {
             let (low, high) = {
-                let order = rbtree::check(&s.stable, s.trees[0].stable).expect("it is in order");
+                let order = in_order(&s.stable, &s.trees[0].stable, |_| 0).expect("it is in order");
                 (order[0], order[1])
             };
             s.stable.get_mut(low).hash = s.stable.get(high).hash + 1;
@@ -666,8 +689,14 @@ mod tests {
             }
         };
         assert_eq!(broken(stale_key), "S1");
-        assert_eq!(broken(|s| s.stable.set_red(s.trees[0].stable, true)), "T2");
-        assert_eq!(broken(|s| s.stable.set_parent(s.trees[0].stable, 0)), "T1");
+        assert_eq!(
+            broken(|s| s.stable.set_red(s.trees[0].stable.root(0), true)),
+            "T2"
+        );
+        assert_eq!(
+            broken(|s| s.stable.set_parent(s.trees[0].stable.root(0), 0)),
+            "T1"
+        );
         let plain = |s: &mut Scanner| node_of(s, Role::Plain);
         let dup = |s: &mut Scanner| node_of(s, Role::Dup);
         let chain = |s: &mut Scanner| node_of(s, Role::Chain);
@@ -864,7 +893,8 @@ mod tests {
         );
         assert_eq!(
             broken(|s| {
-                let order = rbtree::check(&s.records, s.trees[0].unstable).expect("it is in order");
+                let order =
+                    in_order(&s.records, &s.trees[0].unstable, |_| 0).expect("it is in order");
                 let last = s.records.get(PageId(order[1])).hash;
                 s.records.get_mut(PageId(order[0])).hash = last + 1;
             }),
@@ -872,14 +902,14 @@ mod tests {
         );
         assert_eq!(
             broken(|s| {
-                let root = s.trees[0].unstable;
+                let root = s.trees[0].unstable.root(0);
                 s.records.set_red(root, true);
             }),
             "T2"
         );
         assert_eq!(
             broken(|s| {
-                let root = s.trees[0].unstable;
+                let root = s.trees[0].unstable.root(0);
                 s.records.get_mut(PageId(root)).clear(UNSTABLE);
             }),
             "U1"

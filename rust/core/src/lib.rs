@@ -28,6 +28,7 @@ extern crate self as pagemerge_core;
 mod advisor;
 mod attach;
 pub mod check;
+mod forest;
 mod id;
 pub mod rbtree;
 mod regions;

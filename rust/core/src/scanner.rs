@@ -4,7 +4,7 @@
 //! Here are registering, settings, counters.
 
 use crate::advisor::Advisor;
-use crate::rbtree::NIL;
+use crate::forest::Forest;
 use crate::regions::{Life, Regions};
 use crate::rmap::{Records, low32};
 use crate::scan::{Batch, Cursor};
@@ -123,12 +123,18 @@ pub enum ChangeError<E> {
 }
 
 /// The two trees of one domain and NUMA node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct TreePair {
-    /// Root of the stable tree.
-    pub(crate) stable: u32,
-    /// Root of the unstable tree.
-    pub(crate) unstable: u32,
+    /// The stable tree.
+    pub(crate) stable: Forest,
+    /// The unstable tree.
+    pub(crate) unstable: Forest,
+}
+
+impl TreePair {
+    fn bytes(&self) -> usize {
+        self.stable.bytes() + self.unstable.bytes()
+    }
 }
 
 /// The engine: what is registered, what is known of each page, and how far the scan has come.
@@ -330,6 +336,13 @@ impl Scanner {
         if other_trees || limit_changes {
             self.purge_stable_trees();
             self.drop_deserted_domains();
+            for tree in &mut self.trees {
+                debug_assert_eq!(tree.stable.len(), 0, "nothing is shared");
+                tree.stable.begin_anew();
+                if other_trees {
+                    tree.unstable.begin_anew();
+                }
+            }
         }
         if limit_changes {
             // Nothing is shared, so nothing is left of the trees.
@@ -474,6 +487,7 @@ impl Scanner {
             + self.stable.bytes()
             + self.regions.bytes()
             + self.trees.capacity() * size_of::<TreePair>()
+            + self.trees.iter().map(TreePair::bytes).sum::<usize>()
             + self.cursor.bytes()
             + self.batch.bytes()
             + self.waiting.capacity() * size_of::<u32>()
@@ -485,10 +499,7 @@ impl Scanner {
         let next = low32(self.trees.len());
         let tree = *self.tree_of.entry((domain, nid)).or_insert(next);
         if tree == next {
-            self.trees.push(TreePair {
-                stable: NIL,
-                unstable: NIL,
-            });
+            self.trees.push(TreePair::default());
         }
         tree
     }

@@ -34,7 +34,8 @@
 //! Frames do not migrate, so there is no migrate list. No page belongs to a frame without being
 //! recorded as its sharer, so no node goes over the limit.
 
-use crate::rbtree::{self, Links, NIL, Place, Side};
+use crate::forest::Forest;
+use crate::rbtree::{Links, NIL, Place, Side};
 use crate::rmap::low32;
 use crate::scanner::Scanner;
 use crate::{Attempt, Content, FrameId, PageId, PageSpace, Reason, Tick, TreeOrder};
@@ -347,17 +348,18 @@ impl StableNodes {
     }
 
     /// Hangs a loose node in at a spot that a search has just found.
-    pub(crate) fn link(&mut self, root: &mut u32, spot: Spot, node: u32, now: Tick) {
+    pub(crate) fn link(&mut self, tree: &mut Forest, spot: Spot, node: u32, now: Tick) {
         match spot {
             Spot::Vacant(place) => {
                 self.get_mut(node).role = Role::Plain;
-                rbtree::insert(self, root, place, node);
+                let key = self.get(node).hash;
+                tree.insert(self, key, place, node);
             }
             Spot::Beside(top) => {
                 let chain = if self.get(top).role == Role::Chain {
                     top
                 } else {
-                    self.make_chain(root, top, now)
+                    self.make_chain(tree, top, now)
                 };
                 self.push_dup(chain, node);
             }
@@ -365,11 +367,11 @@ impl StableNodes {
     }
 
     /// Puts a chain into the place of a plain node, which becomes its first dup.
-    fn make_chain(&mut self, root: &mut u32, plain: u32, now: Tick) -> u32 {
-        let &StableNode { tree, hash, .. } = self.get(plain);
-        let chain = self.new_node(tree, hash, Role::Chain);
+    fn make_chain(&mut self, tree: &mut Forest, plain: u32, now: Tick) -> u32 {
+        let it = *self.get(plain);
+        let chain = self.new_node(it.tree, it.hash, Role::Chain);
         self.get_mut(chain).stamp = now.0;
-        rbtree::replace(self, root, plain, chain);
+        tree.replace(self, it.hash, plain, chain);
         self.chains += 1;
         self.push_dup(chain, plain);
         chain
@@ -410,11 +412,12 @@ impl StableNodes {
     }
 
     /// Takes a node out of its tree or chain. A chain that has lost its last dup stays.
-    pub(crate) fn unlink(&mut self, root: &mut u32, node: u32) {
+    pub(crate) fn unlink(&mut self, tree: &mut Forest, node: u32) {
         match self.get(node).role {
             Role::Dup => self.take_dup(node),
             Role::Plain => {
-                rbtree::remove(self, root, node);
+                let key = self.get(node).hash;
+                tree.remove(self, key, node);
                 self.get_mut(node).role = Role::Loose;
             }
             Role::Chain | Role::Loose | Role::Free => {}
@@ -422,27 +425,29 @@ impl StableNodes {
     }
 
     /// Takes an empty chain out of its tree.
-    pub(crate) fn remove_chain(&mut self, root: &mut u32, chain: u32) {
+    pub(crate) fn remove_chain(&mut self, tree: &mut Forest, chain: u32) {
         debug_assert_eq!(self.get(chain).len, 0, "chain {chain} still has dups");
-        rbtree::remove(self, root, chain);
+        let key = self.get(chain).hash;
+        tree.remove(self, key, chain);
         self.chains -= 1;
         self.free(chain);
     }
 
     /// Puts the only dup of a chain into the chain's place.
-    pub(crate) fn dissolve(&mut self, root: &mut u32, chain: u32) -> u32 {
+    pub(crate) fn dissolve(&mut self, tree: &mut Forest, chain: u32) -> u32 {
         let only = self.get(chain).head;
         self.take_dup(only);
-        rbtree::replace(self, root, chain, only);
+        let key = self.get(chain).hash;
+        tree.replace(self, key, chain, only);
         self.get_mut(only).role = Role::Plain;
         self.chains -= 1;
         self.free(chain);
         only
     }
 
-    /// Calls `with` for each node of the tree below `root`, the dups of its chains included.
-    pub(crate) fn for_each_below(&self, root: u32, mut with: impl FnMut(u32)) {
-        let mut above = vec![root];
+    /// Calls `with` for each node of a tree, the dups of its chains included.
+    pub(crate) fn for_each_in(&self, tree: &Forest, mut with: impl FnMut(u32)) {
+        let mut above = tree.roots().to_vec();
         while let Some(node) = above.pop() {
             if node == NIL {
                 continue;
@@ -626,7 +631,7 @@ impl Scanner {
         'from_the_root: loop {
             let mut place = Place::ROOT;
             let mut tied = false;
-            let mut at = self.trees[tree as usize].stable;
+            let mut at = self.trees[tree as usize].stable.root(hash);
             while at != NIL {
                 self.work.tree_nodes += 1;
                 let Some((top, node)) = self.pick(at, may_prune) else {
@@ -716,18 +721,21 @@ impl Scanner {
     /// Hangs a loose node into its tree.
     pub(crate) fn link_node(&mut self, node: u32, spot: Spot) {
         let tree = self.stable.get(node).tree as usize;
-        self.stable
-            .link(&mut self.trees[tree].stable, spot, node, self.now);
+        let tree = &mut self.trees[tree].stable;
+        self.stable.link(tree, spot, node, self.now);
+        if self.settings.tree_order == TreeOrder::Digest {
+            tree.grow(&mut self.stable, |nodes, at| nodes.get(at).hash);
+        }
     }
 
     /// Takes a node whose frame came to nothing out again, as if it had never been in.
     pub(crate) fn unlink_tentative(&mut self, node: u32) {
         let it = *self.stable.get(node);
-        let root = &mut self.trees[it.tree as usize].stable;
-        self.stable.unlink(root, node);
+        let tree = &mut self.trees[it.tree as usize].stable;
+        self.stable.unlink(tree, node);
         // As it was before this node made it a chain.
         if it.role == Role::Dup && self.stable.get(it.chain()).len == 1 {
-            self.stable.dissolve(root, it.chain());
+            self.stable.dissolve(tree, it.chain());
         }
     }
 }

@@ -439,7 +439,7 @@ impl Scanner {
                 self.purge_stable_tree(tree);
             }
         }
-        let empty = |&tree: &u32| self.trees[tree as usize].stable == crate::rbtree::NIL;
+        let empty = |&tree: &u32| self.trees[tree as usize].stable.len() == 0;
         if of_domain.iter().all(empty) {
             self.regions.drop_domain(domain);
         }

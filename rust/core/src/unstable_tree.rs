@@ -28,11 +28,11 @@
 //! # Departures from ksmd
 //! Pages shared by a fork are not met here: the memory side reports them as not eligible.
 
-use crate::rbtree::{self, Links, NIL, Place, Side};
+use crate::rbtree::{Links, NIL, Place, Side};
 use crate::regions::Life;
 use crate::rmap::{HASHED, ODD_SCAN, UNSTABLE};
 use crate::scanner::Scanner;
-use crate::{Content, PageId, PageSpace};
+use crate::{Content, PageId, PageSpace, TreeOrder};
 use std::cmp::Ordering;
 
 /// Clashes remembered one by one. A writer who rewrites each page between its hashing and its
@@ -61,7 +61,7 @@ impl Scanner {
     ) -> Result<UnstableFound, S::Error> {
         let this = (Content::Page(page), hash);
         let mut place = Place::ROOT;
-        let mut at = self.trees[tree as usize].unstable;
+        let mut at = self.trees[tree as usize].unstable.root(hash);
         while at != NIL {
             let other = PageId(at);
             self.work.tree_nodes += 1;
@@ -80,12 +80,13 @@ impl Scanner {
             place = Place { parent: at, side };
             at = self.records.child(at, side);
         }
-        rbtree::insert(
-            &mut self.records,
-            &mut self.trees[tree as usize].unstable,
-            place,
-            page.0,
-        );
+        let forest = &mut self.trees[tree as usize].unstable;
+        forest.insert(&mut self.records, hash, place, page.0);
+        if self.settings.tree_order == TreeOrder::Digest {
+            forest.grow(&mut self.records, |records, at| {
+                records.get(PageId(at)).hash
+            });
+        }
         let odd = self.seq % 2 == 1;
         let item = self.records.get_mut(page);
         item.set(UNSTABLE);
@@ -109,8 +110,9 @@ impl Scanner {
     pub(crate) fn leave_unstable(&mut self, page: PageId) {
         if self.in_unstable_tree(page) {
             let tree = self.unstable_tree_of(page);
-            let root = &mut self.trees[tree].unstable;
-            rbtree::remove(&mut self.records, root, page.0);
+            let hash = self.records.get(page).hash;
+            let forest = &mut self.trees[tree].unstable;
+            forest.remove(&mut self.records, hash, page.0);
         }
         self.records.get_mut(page).clear(UNSTABLE | ODD_SCAN);
         self.counters.unshared -= 1;
@@ -121,7 +123,7 @@ impl Scanner {
         if !self.settings.keeps_unstable() {
             return;
         }
-        let mut at = self.trees[tree as usize].unstable;
+        let mut at = self.trees[tree as usize].unstable.root(hash);
         while at != NIL {
             self.work.tree_nodes += 1;
             at = match hash.cmp(&self.records.get(PageId(at)).hash) {
@@ -129,7 +131,7 @@ impl Scanner {
                 Ordering::Greater => self.records.child(at, Side::Right),
                 Ordering::Equal => {
                     self.leave_unstable(PageId(at));
-                    self.trees[tree as usize].unstable
+                    self.trees[tree as usize].unstable.root(hash)
                 }
             };
         }
@@ -175,12 +177,12 @@ impl Scanner {
             let (_, &tree) = in_domain.next().expect("a page in a tree has a tree");
             return tree as usize;
         }
-        let mut root = page.0;
+        let (mut root, hash) = (page.0, self.records.get(page).hash);
         while self.records.parent(root) != NIL {
             root = self.records.parent(root);
         }
         let (_, &tree) = in_domain
-            .find(|&(_, &tree)| self.trees[tree as usize].unstable == root)
+            .find(|&(_, &tree)| self.trees[tree as usize].unstable.root(hash) == root)
             .expect("a page in a tree leads up to that tree's root");
         tree as usize
     }
@@ -188,7 +190,7 @@ impl Scanner {
     /// Throws the trees away. Records keep their flags, and count as unshared, until visited.
     pub(crate) fn discard_unstable_trees(&mut self) {
         for tree in &mut self.trees {
-            tree.unstable = NIL;
+            tree.unstable.clear();
         }
     }
 
