@@ -35,6 +35,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
+/// How often a broken engine tries to let those go who wait for its pages.
+const LETTING_GO_TRIES: u32 = 3;
+
 type Job = Box<dyn FnOnce(&mut Stage) + Send>;
 
 /// The way to the thread of this process; empty before the first engine and in a fork child.
@@ -122,7 +125,8 @@ impl Stage {
                 let why = panic_text(panic.as_ref());
                 if let Some(Entry::Alive(mut engine)) = self.engines.remove(&id) {
                     // What windows have left behind would make whoever touches it wait for ever.
-                    let _ = catch_unwind(AssertUnwindSafe(|| engine.let_waiters_go()));
+                    let mut let_go = || catch_unwind(AssertUnwindSafe(|| engine.let_waiters_go()));
+                    let _ = (0..LETTING_GO_TRIES).any(|_| let_go().is_ok());
                     self.engines.insert(id, Entry::Broken(why.clone(), engine));
                 }
                 Err(Error::Worker(why))

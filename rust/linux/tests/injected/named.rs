@@ -493,6 +493,45 @@ pub(super) fn panics_while_a_window_closes_leave_no_page_away() {
     }
 }
 
+/// A panic while windows that could not be closed were closed once more lost those that were still to
+/// come, and an engine that a panic has ended never tried again: pages stayed registered for missing
+/// ones, and whoever discarded and touched one would have waited for ever.
+pub(super) fn panic_while_windows_are_closed_again_leaves_none_open() {
+    std::panic::set_hook(Box::new(|_| {}));
+    for skip in 0..3 {
+        let memory = filled();
+        let engine = engine(Remerge::Quiet);
+        register(&engine, &memory);
+        scan(&engine);
+        inject::arm("MmapFrames", libc::EPERM, 0, EVER);
+        inject::arm_plan(&Plan {
+            call: "UffdUnregister",
+            phase: Some("WindowClose"),
+            effect: Effect::Fail(libc::EINVAL),
+            skip: 0,
+            times: EVER,
+        });
+        // They are closed again when a pass begins.
+        scan(&engine);
+        let open = registered(&memory, "um");
+        assert!(!open.is_empty(), "this proved nothing");
+        inject::arm_plan(&Plan {
+            call: "UffdUnregister",
+            phase: Some("BeginPass"),
+            effect: Effect::PanicBefore,
+            skip,
+            times: 1,
+        });
+        drop(engine.scan(None, &mut || true));
+        inject::disarm_all();
+        println!("figure: {} stretches were open, skip {skip}", open.len());
+        assert!(engine.stats().is_err() || open.len() <= skip as usize);
+        let when = format!("a panic at number {skip} while windows are closed again");
+        assert_reads_right(&memory, &when);
+        assert_eq!(registered(&memory, "um"), [""; 0], "{when}");
+    }
+}
+
 /// Goal: where no thread can be started for hashing, the merging thread does it.
 pub(super) fn hashing_threads_that_cannot_be_started_are_done_without() {
     let memory = filled_with(1200);
