@@ -4,7 +4,8 @@
 
 A thread of `rust/linux/examples/latency.rs` writes one word of a page chosen at random every 100 us
 and takes the time of each of these writes; everything else (the memory, the passes) is made
-around it. Half of the pages are scattered duplicates with four copies each.
+around it. The kinds of memory: half scattered duplicates with four copies each; half duplicates in
+runs of 512 pages; all unique.
 
 idle        nothing else happens: what the clock, caches, the hypervisor and other programs do
 resting     passes over memory that has been merged, one after the other; what is written in the
@@ -113,10 +114,10 @@ def build(example: str) -> Path:
     raise FileNotFoundError(f"cargo has built no {example}")
 
 
-def ours(program: Program, mib: int, rounds: int, seconds: float) -> dict[str, Result]:
+def ours(program: Program, mib: int, kind: str, rounds: int, seconds: float) -> dict[str, Result]:
     """Merging in each round, then passes over what is merged."""
     for turn in range(rounds):
-        program.ask(f"memory {mib} scattered")
+        program.ask(f"memory {mib} {kind}")
         program.ask("register")
         program.ask("measure merge")
         if turn < rounds - 1:
@@ -128,12 +129,14 @@ def ours(program: Program, mib: int, rounds: int, seconds: float) -> dict[str, R
     return {"merging": merging, "resting": resting}
 
 
-def ksmd(program: Program, ksm: FullSpeed, mib: int, rounds: int, seconds: float) -> dict[str, Any]:
+def ksmd(
+    program: Program, ksm: FullSpeed, mib: int, kind: str, rounds: int, seconds: float
+) -> dict[str, Result]:
     """The same by ksmd, which needs two passes to merge."""
     cpu = wall = 0.0
     for turn in range(rounds):
         ksm.begin()
-        program.ask(f"memory {mib} scattered")
+        program.ask(f"memory {mib} {kind}")
         program.ask("mergeable")
         with program.outside():
             for _ in range(2):
@@ -172,21 +175,23 @@ def measure(options: argparse.Namespace) -> Result:
         for busy in dict.fromkeys((0, options.busy)):
             program.ask(f"busy {busy}")
             suffix = f", {busy} busy threads" if busy else ""
-            program.ask(f"memory {options.mib} scattered")
+            program.ask(f"memory {options.mib} unique")
             program.ask(f"measure idle {options.seconds}")
             rows[f"idle{suffix}"] = program.report()
-            for name, figures in ours(
-                program, options.mib, options.rounds, options.seconds
-            ).items():
-                rows[f"pagemerge {name}{suffix}"] = figures
-            if ksm is not None:
-                theirs = ksmd(program, ksm, options.mib, options.rounds, options.seconds)
-                for name, figures in theirs.items():
-                    rows[f"ksmd {name}{suffix}"] = figures
+            for kind in options.kinds.split(","):
+                sizes = (options.mib, kind, options.rounds, options.seconds)
+                found_here = {"pagemerge": ours(program, *sizes)}
+                if ksm is not None:
+                    found_here["ksmd"] = ksmd(program, ksm, *sizes)
+                for phase in ("merging", "resting"):
+                    for rival, figures in found_here.items():
+                        rows[f"{phase} {kind}{suffix}: {rival}"] = figures[phase]
         program.ask("busy 0")
         for pause in PAUSES:
             program.ask(f"engine max_pause_micros={pause}")
-            found["pauses"][pause] = ours(program, options.mib, options.rounds, 0.1)["merging"]
+            found["pauses"][pause] = ours(program, options.mib, "scattered", options.rounds, 0.1)[
+                "merging"
+            ]
     return found
 
 
@@ -198,7 +203,7 @@ def report(found: Result) -> Iterator[str]:
 
     shares = ("p50", "p90", "p99", "p999", "p9999", "max")
     head = ("p50", "p90", "p99", "p99.9", "p99.99", "max")
-    yield f"{found['mib']} MiB, scattered duplicates; microseconds of a single write"
+    yield f"{found['mib']} MiB; microseconds of a single write"
     for rival, reason in found["skipped"].items():
         yield f"not run: {rival}, because {reason}"
     yield table(
@@ -208,18 +213,15 @@ def report(found: Result) -> Iterator[str]:
             for name, figures in found["rows"].items()
         ],
     )
-    for suffix in dict.fromkeys(name.partition(",")[2] for name in found["rows"]):
-        tail = f",{suffix}" if suffix else ""
-        own, theirs = (
-            found["rows"].get(f"{rival} merging{tail}") for rival in ("pagemerge", "ksmd")
-        )
-        if own and theirs:
+    for name, own in found["rows"].items():
+        theirs = found["rows"].get(name.replace(": pagemerge", ": ksmd"))
+        if name.startswith("merging") and name.endswith(": pagemerge") and theirs:
             reached = "yes" if own["p99"] <= theirs["p99"] else "no"
             yield (
-                f"p99 while merging{tail}: {own['p99'] / theirs['p99']:.2f} of ksmd's "
-                f"(target: not above; {reached})"
+                f"p99, {name.partition(':')[0]}: {own['p99'] / theirs['p99']:.2f} of ksmd's "
+                f"(asked for: not above; {reached})"
             )
-    yield "\nThe trade: max_pause_micros, while merging"
+    yield "\nThe trade: max_pause_micros, while merging scattered"
     yield table(
         ["max_pause_micros", *head, "windows", "saved a window", "CPU s", "wall s"],
         [
@@ -240,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mib", type=int, default=256, help="MiB of memory (256)")
     parser.add_argument("--rounds", type=int, default=5, help="how often it is merged (5)")
+    parser.add_argument("--kinds", default="scattered,runs,unique", help="of memory (all)")
     parser.add_argument("--seconds", type=float, default=5, help="of idling and of resting (5)")
     parser.add_argument(
         "--busy", type=int, default=os.cpu_count(), help="threads that keep all cores busy"
