@@ -205,7 +205,7 @@ $(VENV)/.made:
 
 # maturin runs cargo, which builds only what has changed; the stamp saves asking it.
 $(VENV)/.built: $(VENV)/.made pyproject.toml Cargo.toml $(RUST_SOURCES)
-	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --release
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --profile dist
 	@touch $@
 
 # What tests and lint need besides, as pyproject.toml lists it.

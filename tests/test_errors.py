@@ -168,8 +168,8 @@ def test_discard_of_a_read_only_buffer(engine: Engine) -> None:
 
 
 def test_discard_of_locked_pages(engine: Engine) -> None:
-    # The merged pages were thrown away before the locked ones were found, though the error said that
-    # nothing was.
+    # The merged pages were thrown away before the locked ones were found, though the error said
+    # that nothing was.
     arena = Arena([1, 1, 1, 1, 5, 6])
     engine.register(arena.map)
     engine.settle()

@@ -169,8 +169,8 @@ class Engine:
 
         Raises:
             ValueError: Some page is not, or the buffer is read-only. Nothing is discarded then.
-            OSError: Some page is locked (``EINVAL``; munlock it first), and nothing is discarded. Or
-                a limit of mappings was met; the text says what is left.
+            OSError: Some page is locked (``EINVAL``; munlock it first), and nothing is discarded.
+                Or a limit of mappings was met; the text says what is left.
         """
 
     def scan(self, pages: int | None = None) -> Stats:

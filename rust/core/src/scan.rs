@@ -45,7 +45,7 @@
 //! * No page is refused for belonging to the same huge page as its twin: memory splits those.
 //! * When the last region goes in mid-scan, that scan is void: it is not counted.
 
-use crate::rbtree::NIL;
+use crate::rbtree::{Links, NIL, Side};
 use crate::regions::{Life, RING, Region};
 use crate::rmap::{
     ATTACHED, BROKEN, COUNTED_EVEN, COUNTED_ODD, EXISTS, HASHED, RECHECK, UNSTABLE, ZERO, low32,
@@ -58,11 +58,18 @@ use crate::{
     AdvisorMode, Attempt, Clock, Content, Digest, Event, FrameId, Look, Nid, PageId, PageSpace,
     PageState, Reason, RegionId, Request, TreeOrder, Window, Written,
 };
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Pages in one window, and in one batch.
 pub(crate) const BATCH: usize = 512;
+
+/// Pages in the first window beyond a gap.
+const ISLAND: u32 = 16;
+
+/// Searches for which it is worth while to go side by side.
+const SIDE_BY_SIDE: usize = 8;
 
 /// How many pages looked at a call costs as much time as.
 const LOOK_PRICE: u32 = 64;
@@ -92,6 +99,8 @@ pub(crate) struct Cursor {
     nids: Vec<Nid>,
     /// Nothing was at the page before `at`: there may be more of that.
     in_gap: bool,
+    /// There was a gap before `at`, and nothing is known of what follows.
+    alone: bool,
 }
 
 impl Default for Cursor {
@@ -104,6 +113,7 @@ impl Default for Cursor {
             window_first: 0,
             nids: Vec::new(),
             in_gap: false,
+            alone: false,
         }
     }
 }
@@ -112,7 +122,7 @@ impl Cursor {
     /// Moves to the beginning of a region.
     pub(crate) fn enter(&mut self, region: u32, first: u32) {
         (self.region, self.at, self.touched) = (region, first, false);
-        self.in_gap = true;
+        (self.in_gap, self.alone) = (true, false);
         self.drop_window();
     }
 
@@ -200,6 +210,8 @@ pub(crate) struct Batch {
     trying: BTreeSet<(u32, u64)>,
     frames: Vec<FrameId>,
     states: Vec<PageState>,
+    /// Where searches side by side have come to.
+    ways: Vec<u32>,
 }
 
 impl Batch {
@@ -218,6 +230,7 @@ impl Batch {
             + self.made.capacity() * size_of::<Made>()
             + self.frames.capacity() * size_of::<FrameId>()
             + self.states.capacity() * size_of::<PageState>()
+            + self.ways.capacity() * size_of::<u32>()
     }
 }
 
@@ -593,9 +606,13 @@ impl Scanner {
                         let left = region.end() - self.cursor.at;
                         if std::mem::take(&mut self.cursor.in_gap) && left > low32(BATCH) {
                             self.leap(space, id, region.end())?;
+                            self.cursor.alone = true;
                             continue;
                         }
-                        let pages = (region.end() - self.cursor.at).min(low32(BATCH));
+                        // Beyond a gap there may be no more than a page or two before the next.
+                        let alone = std::mem::take(&mut self.cursor.alone);
+                        let at_most = if alone { ISLAND } else { low32(BATCH) };
+                        let pages = (region.end() - self.cursor.at).min(at_most);
                         let first = PageId(self.cursor.at);
                         self.look(
                             space,
@@ -912,6 +929,7 @@ impl Scanner {
         }
         let mut candidates = std::mem::take(&mut self.batch.candidates);
         let hashed = self.hash_and_keep_calm(space, &mut candidates);
+        self.warm_up(&candidates);
         let mut done = hashed;
         while done.is_ok() && !candidates.is_empty() {
             done = self.round(space, &mut candidates);
@@ -920,6 +938,59 @@ impl Scanner {
         self.batch.candidates = candidates;
         self.batch.failing.clear();
         done
+    }
+
+    /// Goes the ways that the searches for all candidates are going to go, a step of each at a time.
+    ///
+    /// What lies on these ways is in no cache, as a rule. One search after the other waits for each step;
+    /// side by side their waits are one.
+    fn warm_up(&mut self, candidates: &[Candidate]) {
+        if candidates.len() < SIDE_BY_SIDE || self.settings.tree_order == TreeOrder::Content {
+            return;
+        }
+        let mut ways = std::mem::take(&mut self.batch.ways);
+        for stable in [true, false] {
+            ways.clear();
+            ways.extend(candidates.iter().map(|it| {
+                let trees = &self.trees[it.tree as usize];
+                let tree = if stable {
+                    &trees.stable
+                } else {
+                    &trees.unstable
+                };
+                tree.root(it.hash)
+            }));
+            let mut steps = true;
+            while std::mem::take(&mut steps) {
+                for (it, at) in candidates.iter().zip(&mut ways) {
+                    if *at == NIL {
+                        continue;
+                    }
+                    let key = if stable {
+                        self.stable.get(*at).hash
+                    } else {
+                        self.records.get(PageId(*at)).hash
+                    };
+                    let side = match it.hash.cmp(&key) {
+                        Ordering::Less => Side::Left,
+                        Ordering::Greater => Side::Right,
+                        Ordering::Equal => {
+                            *at = NIL;
+                            continue;
+                        }
+                    };
+                    *at = if stable {
+                        self.stable.child(*at, side)
+                    } else {
+                        self.records.child(*at, side)
+                    };
+                    steps = true;
+                }
+            }
+        }
+        // So that it is not left out.
+        std::hint::black_box(&ways);
+        self.batch.ways = ways;
     }
 
     /// Hashes candidates where needed, and keeps those of them that are calm.

@@ -261,13 +261,15 @@ impl Watches {
 
     /// These pages are mapped over: nothing is left to end.
     pub(crate) fn forget(&mut self, span: Span) {
-        if !self.pages.is_empty() {
-            for page in pages(span, self.page) {
-                self.pages.remove(&page);
-            }
-        }
-        if !self.resting.is_empty() {
+        let known = self.pages.len() + self.resting.len();
+        if span.pages() > known {
+            self.pages.retain(|page, _| !span.contains(*page));
             self.resting.retain(|page, _| !span.contains(*page));
+            return;
+        }
+        for page in pages(span, self.page) {
+            self.pages.remove(&page);
+            self.resting.remove(&page);
         }
     }
 
