@@ -275,7 +275,7 @@ impl LinuxSpace {
             unshared_at: None,
             headroom: None,
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
-            quick: Quick::new(tracking && can.pagemap_scan && by_digest(settings)),
+            quick: Quick::new(moves && tracking && can.pagemap_scan && by_digest(settings)),
             told_written: Vec::new(),
         })
     }
@@ -316,7 +316,7 @@ impl LinuxSpace {
     }
 
     pub(crate) fn change_settings(&mut self, new: &EngineSettings) {
-        self.quick.on = self.tracking && self.has_scan && by_digest(new);
+        self.quick.on = self.moves && self.tracking && self.has_scan && by_digest(new);
         self.zero_only = new.scan.zero_only;
         self.remerge = new.remerge;
         self.quiet = Duration::from_millis(new.quiet_millisecs.into());

@@ -30,7 +30,8 @@
 //!   by the next look in full.
 //! * A page that goes to swap is not noticed by the quick look, and is asked about before it is read.
 //! * An owner who maps something else over a region without a word is not noticed by the quick look. Nothing
-//!   is merged wrongly by that, since windows ask the kernel and compare. So that counters and reasons are
+//!   is merged wrongly by that, since a page that is not anonymous memory of his own cannot be moved out, and
+//!   bytes are compared. (So there are quick looks only where pages are moved.) So that counters and reasons are
 //!   right again soon, there is a look in full now and then ([`FULL_AFTER`]).
 //!
 //! # Invariants
