@@ -25,14 +25,13 @@
 //! * Nobody is asked at all while nothing has happened: no other thread has had a page fault since the last
 //!   pass began (the first write to a protected page is one, and so is making a copy), and as many pages are
 //!   mapped as then, of files and in all (a copy made for another process counts there, and so do pages
-//!   that are given up). What was written
-//!   after that is found out in the next pass; what another process writes to a page that is not merged,
-//!   by the next look in full.
+//!   that are given up). What was written after that is found out in the next pass; what another process
+//!   writes to a page that is not merged, by the next look in full.
 //! * A page that goes to swap is not noticed by the quick look, and is asked about before it is read.
 //! * An owner who maps something else over a region without a word is not noticed by the quick look. Nothing
 //!   is merged wrongly by that, since a page that is not anonymous memory of his own cannot be moved out, and
-//!   bytes are compared. (So there are quick looks only where pages are moved.) So that counters and reasons are
-//!   right again soon, there is a look in full now and then ([`FULL_AFTER`]).
+//!   bytes are compared. (So there are quick looks only where pages are moved.) For the sake of counters and
+//!   reasons there is a look in full now and then ([`FULL_AFTER`]).
 //!
 //! # Invariants
 //! * K1. A page that is `own` without `mapped`, or `zero`, was protected when the bit was set, and whoever
@@ -88,9 +87,12 @@ impl Faults {
             let major: u64 = fields.nth(1)?.parse().ok()?;
             Some(minor + major)
         };
-        // In this order a fault of this thread in between is taken for one of another.
         let mine = of("/proc/thread-self/stat")?;
         let all = of("/proc/self/stat")?;
+        // A fault of this thread in between would pass for one of another, now or next time.
+        if of("/proc/thread-self/stat")? != mine {
+            return None;
+        }
         let statm = files::read_to_string("/proc/self/statm").ok()?;
         let mut fields = statm.split_ascii_whitespace().skip(1);
         let pages = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
