@@ -73,6 +73,9 @@ const REST: u32 = 1;
 /// installed in mid life).
 const LIFTING_TRIES: u32 = 50;
 
+/// How long the helper waits at most: should waking it be forbidden, it ends after so long.
+const UNWOKEN_MILLIS: u32 = 2000;
+
 /// How long the helper sleeps between looks where the kernel cannot let it wait.
 const LOOKING: Duration = Duration::from_millis(1);
 
@@ -420,7 +423,7 @@ fn help_on(
         }
         inbox.settled += 1;
     }
-    match uffd.wait(Some(waker), None) {
+    match uffd.wait(Some(waker), Some(UNWOKEN_MILLIS)) {
         Ok(Ready::Events) => {
             inbox.take(uffd);
             inbox.unread = if inbox.got > 0 { 0 } else { inbox.unread + 1 };

@@ -255,7 +255,7 @@ pub(super) fn live(shape: Shape, context: &[Plan], plan: Option<&Plan>) -> Life 
     }
     user.into_iter().for_each(User::end);
     assert_reads_right(&memory, &when);
-    history.life.judge(plan, &lasted, &when);
+    history.life.judge((context, plan), &lasted, &when);
     history.life
 }
 
@@ -444,7 +444,7 @@ impl History {
 
 impl Life {
     /// Whatever failed must have been told.
-    fn judge(&self, plan: Option<&Plan>, lasted: &[String], when: &str) {
+    fn judge(&self, (context, plan): (&[Plan], Option<&Plan>), lasted: &[String], when: &str) {
         let Some(plan) = plan else {
             assert!(
                 self.errors.is_empty() && self.merged > 0,
@@ -455,17 +455,32 @@ impl Life {
         if self.struck == 0 {
             return;
         }
-        if let Effect::Fail(errno) = plan.effect {
-            let number = format!("os error {errno})");
-            let kind = std::io::Error::from_raw_os_error(errno).to_string();
+        if let Effect::Fail(_) = plan.effect {
+            let errnos = context
+                .iter()
+                .chain([plan])
+                .filter_map(|plan| match plan.effect {
+                    Effect::Fail(errno) => Some(errno),
+                    _ => None,
+                });
+            let numbers: Vec<String> = errnos
+                .flat_map(|errno| {
+                    let kind = std::io::Error::from_raw_os_error(errno).to_string();
+                    [format!("os error {errno})"), kind]
+                })
+                .collect();
+            // What says what is refused, and why, in words of its own.
+            let words = [
+                "cannot un-merge:",
+                "is not available",
+                "RLIMIT",
+                "cannot register",
+                "memfd",
+            ];
             for error in lasted {
-                let told = error.contains(&number)
-                        || error.contains(&kind)
-                        // What says what is refused, and why, in words of its own.
-                        || ["cannot un-merge:", "is not available", "RLIMIT", "cannot register", "memfd"]
-                            .iter()
-                            .any(|words| error.contains(words));
-                assert!(told, "{when}: {error:?} does not say {number}");
+                let told = numbers.iter().any(|number| error.contains(number))
+                    || words.iter().any(|words| error.contains(words));
+                assert!(told, "{when}: {error:?} says none of {numbers:?}");
             }
         }
         assert!(

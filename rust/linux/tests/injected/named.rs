@@ -392,6 +392,31 @@ pub(super) fn panic_of_the_helper_leaves_no_writer_waiting() {
     }
 }
 
+/// What broke: closing an engine waited for ever for a helper that could not be woken. Goal: it ends within
+/// some seconds by itself; and one that cannot take the wake-up back ends at once.
+pub(super) fn helper_that_cannot_be_woken_ends_all_the_same() {
+    for (call, errno) in [
+        ("EventfdWrite", libc::EPERM),
+        ("EventfdWrite", libc::EAGAIN),
+        ("EventfdRead", libc::EPERM),
+        ("EventfdRead", libc::EAGAIN),
+    ] {
+        let memory = filled();
+        let engine = engine(Remerge::Quiet);
+        let region = register(&engine, &memory);
+        merge(&engine);
+        (0..PAGES).for_each(|page| memory.fill(page, content(page)));
+        scan(&engine); // what was merged is watched from here on
+        engine.unregister(region).expect("un-merged");
+        let before = inject::strikes();
+        inject::arm(call, errno, 0, EVER);
+        engine.close().expect("closed");
+        assert!(inject::strikes() > before, "{call}: this proved nothing");
+        inject::disarm_all();
+        assert_reads_right(&memory, call);
+    }
+}
+
 /// Goal: a panic in one engine leaves the others, and new ones, as they are.
 pub(super) fn panic_in_one_engine_leaves_the_others() {
     std::panic::set_hook(Box::new(|_| {}));

@@ -196,36 +196,73 @@ pub(super) fn live_in_context(shape: Shape, context: &[Plan]) {
     drop(live(shape, rest, first));
 }
 
-/// Runs this process's share of `plans`.
-pub(super) fn run_plans(shape: Shape, plans: &[(&'static [Plan], Plan)]) {
-    let every: usize = number("PAGEMERGE_SHARE").unwrap_or(1);
-    let offset: usize = number("PAGEMERGE_OFFSET").unwrap_or(0);
-    let (mut lived, mut met, mut told) = (0, 0, 0);
-    let mut kinds = BTreeSet::new();
-    for (context, plan) in plans.iter().skip(offset % every).step_by(every) {
+/// What lives came to.
+#[derive(Default)]
+struct Lived {
+    lived: u64,
+    met: u64,
+    told: u64,
+}
+
+impl Lived {
+    fn live(&mut self, shape: Shape, context: &[Plan], plan: &Plan) {
         // The last line says what hangs, if anything does.
         println!("life: {plan:?} in {context:?}");
         let started = Instant::now();
         let before = (descriptors_left(), frames_left());
         let life = live(shape, context, Some(plan));
+        let plans = || context.iter().chain([plan]);
         // An engine that has panicked is kept, and what cannot be unmapped is left.
         // A panic right after a descriptor or a mapping was made leaves it to nobody.
-        if !life.broken && plan.effect != Effect::PanicAfter {
+        if !life.broken && plans().all(|plan| plan.effect != Effect::PanicAfter) {
             assert_eq!(descriptors_left(), before.0, "descriptors after {plan:?}");
-            if plan.call != "Munmap" {
+            if plans().all(|plan| plan.call != "Munmap") {
                 assert_eq!(frames_left(), before.1, "mappings of frames after {plan:?}");
             }
         }
         println!("lived for {:?}, struck {}", started.elapsed(), life.struck);
-        lived += 1;
-        met += u64::from(life.struck > 0);
-        told += u64::from(!life.errors.is_empty() || !life.reasons.is_empty());
-        kinds.extend(
-            life.errors
-                .into_iter()
-                .map(|e| e.chars().take(60).collect::<String>()),
-        );
+        self.lived += 1;
+        self.met += u64::from(life.struck > 0);
+        self.told += u64::from(!life.errors.is_empty() || !life.reasons.is_empty());
     }
+}
+
+/// Runs this process's share of `plans`.
+pub(super) fn run_plans(shape: Shape, plans: &[(&'static [Plan], Plan)]) {
+    let every: usize = number("PAGEMERGE_SHARE").unwrap_or(1);
+    let offset: usize = number("PAGEMERGE_OFFSET").unwrap_or(0);
+    let mut sums = Lived::default();
+    let planned: BTreeSet<Site> = plans
+        .iter()
+        .filter_map(|(_, plan)| Some((plan.call, plan.phase?)))
+        .collect();
+    // Sites that are passed only while something else fails, and by what.
+    let mut reached: BTreeMap<Site, Vec<Plan>> = BTreeMap::new();
+    for (context, plan) in plans.iter().skip(offset % every).step_by(every) {
+        let before = counts();
+        sums.live(shape, context, plan);
+        if matches!(plan.effect, Effect::PanicBefore | Effect::PanicAfter) {
+            continue;
+        }
+        for (site, (passed, _)) in counts() {
+            let was = before.get(&site).map_or(0, |(passed, _)| *passed);
+            if passed > was && site.0 != "Enter" && !planned.contains(&site) {
+                let way = || context.iter().chain([plan]).copied().collect();
+                reached.entry(site).or_insert_with(way);
+            }
+        }
+    }
+    // Those are struck on the way on which they were met. (Another thread may make it another way.)
+    for (site, way) in &reached {
+        let answers = ANSWERS.iter().find(|answers| answers.call == site.0);
+        let Some(errno) = answers.and_then(|answers| answers.errnos.first()) else {
+            continue;
+        };
+        for times in [1, 5] {
+            sums.live(shape, way, &fail(site.0, site.1, *errno, 0, times));
+        }
+    }
+    let Lived { lived, met, told } = sums;
     println!("sum: {} {lived} {met} {told}", plans.len());
     for (call, phase, passed, struck) in inject::table() {
         println!("row: {call} {phase} {passed} {struck}");
