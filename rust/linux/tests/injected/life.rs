@@ -180,6 +180,8 @@ pub(super) fn file_to_evaluate() -> std::path::PathBuf {
 pub(super) struct Shape {
     pub(super) world: World,
     pub(super) pages: usize,
+    /// Faults of several kinds at once, one of which may lead to errors that no plan names.
+    pub(super) combined: bool,
 }
 
 /// Somebody who uses the memory while the engine works on it.
@@ -255,7 +257,7 @@ pub(super) fn live(shape: Shape, context: &[Plan], plan: Option<&Plan>) -> Life 
     }
     user.into_iter().for_each(User::end);
     assert_reads_right(&memory, &when);
-    history.life.judge((context, plan), &lasted, &when);
+    history.life.judge(shape, (context, plan), &lasted, &when);
     history.life
 }
 
@@ -444,7 +446,13 @@ impl History {
 
 impl Life {
     /// Whatever failed must have been told.
-    fn judge(&self, (context, plan): (&[Plan], Option<&Plan>), lasted: &[String], when: &str) {
+    fn judge(
+        &self,
+        shape: Shape,
+        (context, plan): (&[Plan], Option<&Plan>),
+        lasted: &[String],
+        when: &str,
+    ) {
         let Some(plan) = plan else {
             assert!(
                 self.errors.is_empty() && self.merged > 0,
@@ -455,7 +463,7 @@ impl Life {
         if self.struck == 0 {
             return;
         }
-        if let Effect::Fail(_) = plan.effect {
+        if !shape.combined && matches!(plan.effect, Effect::Fail(_)) {
             let errnos = context
                 .iter()
                 .chain([plan])

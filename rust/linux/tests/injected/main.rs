@@ -32,7 +32,7 @@ mod sources;
 mod support;
 
 use named::{
-    busy_moves_are_a_reason, full_frame_store_is_a_reason,
+    busy_moves_are_a_reason, closing_under_any_fault_loses_nothing, full_frame_store_is_a_reason,
     hashing_threads_that_cannot_be_started_are_done_without,
     helper_that_cannot_be_woken_ends_all_the_same, hole_that_mapping_a_frame_left_is_filled,
     hole_that_unmerging_left_is_filled, interruptions_everywhere_change_nothing,
@@ -68,6 +68,7 @@ fn main() -> ExitCode {
         case!(window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back),
         case!(pages_that_nothing_else_takes_back_are_carried),
         case!(panic_of_the_helper_leaves_no_writer_waiting),
+        case!(closing_under_any_fault_loses_nothing).seconds(600),
         case!(helper_that_cannot_be_woken_ends_all_the_same),
         case!(panic_in_one_engine_leaves_the_others),
         case!(panics_while_a_window_closes_leave_no_page_away),
