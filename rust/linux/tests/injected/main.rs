@@ -21,7 +21,7 @@
 //! # How much
 //! `make test` runs a share of the plans that changes with the seed (`PAGEMERGE_SEED`, printed);
 //! `make faults` (`PAGEMERGE_FAULTS=all`) runs all of them, prints the table of sites, and fails if a
-//! site was never struck.
+//! call was never struck in any phase.
 
 mod life;
 mod named;
