@@ -184,16 +184,7 @@ fn what_the_engine_itself_parts_is_noticed() {
 /// Goal: zero pages are told from others at once, too.
 fn zero_pages_are_noticed_when_they_are_written() {
     let memory = Memory::new(PAGES);
-    (0..PAGES).for_each(|page| memory.fill(page, if page % 2 == 0 { 0 } else { page as u64 }));
-    let engine = Engine::new(EngineSettings {
-        scan: Settings {
-            use_zero_pages: true,
-            ..settings().scan
-        },
-        ..settings()
-    })
-    .expect("an engine");
-    register(&engine, &memory);
+    let engine = zero_pages_just_merged(&memory);
     merge(&engine);
     let zero = || scan(&engine).core.ksm_zero_pages;
     assert_eq!(zero(), PAGES as u64 / 2);
@@ -204,6 +195,60 @@ fn zero_pages_are_noticed_when_they_are_written() {
     os::wait_for("it to be zero again", || {
         scan(&engine).core.ksm_zero_pages == PAGES as u64 / 2
     });
+}
+
+/// An engine over pages every second of which is zero, up to the pass that merged these.
+fn zero_pages_just_merged(memory: &Memory) -> Engine {
+    (0..memory.pages())
+        .for_each(|page| memory.fill(page, if page % 2 == 0 { 0 } else { page as u64 }));
+    let engine = Engine::new(EngineSettings {
+        scan: Settings {
+            use_zero_pages: true,
+            ..settings().scan
+        },
+        ..settings()
+    })
+    .expect("an engine");
+    register(&engine, memory);
+    for _ in 0..3 {
+        if scan(&engine).core.ksm_zero_pages > 0 {
+            break;
+        }
+    }
+    engine
+}
+
+/// Goal: pages that a window of zero pages has taken the write protection of, since they lie between those,
+/// are seen when they are written, though no fault tells of it.
+fn pages_between_zero_pages_are_noticed_when_they_are_written() {
+    let memory = Memory::new(PAGES);
+    let engine = zero_pages_just_merged(&memory);
+    for (one, other) in [(21, 23), (301, 801)] {
+        memory.fill(one, 70_000 + one as u64);
+        memory.fill(other, 70_000 + one as u64);
+        let before = engine.stats().expect("stats").core.pages_sharing;
+        let sharing: Vec<u64> = (0..3).map(|_| scan(&engine).core.pages_sharing).collect();
+        assert_eq!(sharing.last(), Some(&(before + 1)), "{sharing:?}");
+    }
+    assert_eq!(scan(&engine).core.ksm_zero_pages, PAGES as u64 / 2);
+}
+
+/// Goal: zero pages that lie close together are registered together. Method: calls are counted.
+#[cfg(feature = "inject")]
+fn zero_pages_close_together_are_registered_together() {
+    use pagemerge_linux::inject;
+    let registered = || {
+        let rows = inject::table().into_iter();
+        let opening =
+            rows.filter(|(call, phase, ..)| (*call, *phase) == ("UffdRegister", "WindowOpen"));
+        opening.map(|(.., passed, _)| passed).sum::<u64>()
+    };
+    let (memory, before) = (Memory::new(PAGES), registered());
+    let engine = zero_pages_just_merged(&memory);
+    assert_eq!(scan(&engine).core.ksm_zero_pages, PAGES as u64 / 2);
+    let calls = registered() - before;
+    println!("figure: {calls} registrations for {} pages", PAGES / 2);
+    assert!(calls < PAGES as u64 / 2 / 8, "{calls}");
 }
 
 /// Goal: a pass over memory that nobody changes asks the kernel nothing about its pages, and one over memory
@@ -240,8 +285,12 @@ fn main() -> ExitCode {
         case!(owner_without_a_word_is_noticed),
         case!(what_the_engine_itself_parts_is_noticed),
         case!(zero_pages_are_noticed_when_they_are_written),
+        case!(pages_between_zero_pages_are_noticed_when_they_are_written),
     ];
     #[cfg(feature = "inject")]
-    cases.push(case!(passes_ask_by_what_has_changed));
+    cases.extend([
+        case!(passes_ask_by_what_has_changed),
+        case!(zero_pages_close_together_are_registered_together),
+    ]);
     support::run(cases)
 }

@@ -434,19 +434,23 @@ pub(super) fn helper_that_cannot_be_woken_ends_all_the_same() {
         ("EventfdRead", libc::EPERM),
         ("EventfdRead", libc::EAGAIN),
     ] {
-        let memory = filled();
-        let engine = engine(Remerge::Quiet);
-        let region = register(&engine, &memory);
-        merge(&engine);
-        (0..PAGES).for_each(|page| memory.fill(page, content(page)));
-        scan(&engine); // what was merged is watched from here on
-        engine.unregister(region).expect("un-merged");
-        let before = inject::strikes();
-        inject::arm(call, errno, 0, EVER);
-        engine.close().expect("closed");
-        assert!(inject::strikes() > before, "{call}: this proved nothing");
-        inject::disarm_all();
-        assert_reads_right(&memory, call);
+        let struck = (0..50).any(|_| {
+            let memory = filled();
+            let engine = engine(Remerge::Quiet);
+            let region = register(&engine, &memory);
+            merge(&engine);
+            (0..PAGES).for_each(|page| memory.fill(page, content(page)));
+            scan(&engine); // what was merged is watched from here on
+            engine.unregister(region).expect("un-merged");
+            let before = inject::strikes();
+            inject::arm(call, errno, 0, EVER);
+            engine.close().expect("closed");
+            inject::disarm_all();
+            assert_reads_right(&memory, call);
+            // A helper that was told to end before it came to wait takes nothing back.
+            inject::strikes() > before
+        });
+        assert!(struck, "{call}: this proved nothing");
     }
 }
 
