@@ -440,21 +440,23 @@ impl LinuxSpace {
         if self.tracking
             && let Some(uffd) = &self.uffd
         {
-            track(&mut region, uffd, self.page).map_err(|stop| match stop {
-                RegisterStop::Foreign => Error::NotMergeable {
-                    pages: live.span().pages(),
-                    refused: live.span().pages(),
-                    reason: Reason::ForeignUserfaultfd,
-                    advice: mappings::what_to_do(Reason::ForeignUserfaultfd),
-                },
-                _ => Error::os(
-                    format!(
-                        "cannot track writes to {} pages (UFFDIO_REGISTER)",
-                        region.pages()
+            track(&mut region, uffd, self.page, &mut self.still_tracked).map_err(
+                |stop| match stop {
+                    RegisterStop::Foreign => Error::NotMergeable {
+                        pages: live.span().pages(),
+                        refused: live.span().pages(),
+                        reason: Reason::ForeignUserfaultfd,
+                        advice: mappings::what_to_do(Reason::ForeignUserfaultfd),
+                    },
+                    _ => Error::os(
+                        format!(
+                            "cannot track writes to {} pages (UFFDIO_REGISTER)",
+                            region.pages()
+                        ),
+                        stop.into(),
                     ),
-                    stop.into(),
-                ),
-            })?;
+                },
+            )?;
         }
         self.by_id.insert(got.region, got.first.0);
         self.regions.insert(got.first.0, region);
@@ -489,7 +491,7 @@ impl LinuxSpace {
             && let Some(uffd) = &self.uffd
         {
             // Where it fails, digests decide.
-            let _ = track(region, uffd, self.page);
+            let _ = track(region, uffd, self.page, &mut self.still_tracked);
         }
         Ok(())
     }
@@ -618,7 +620,7 @@ impl LinuxSpace {
         for region in self.regions.values_mut() {
             if std::mem::take(&mut region.tracked) {
                 // Where it fails, digests decide.
-                let _ = track(region, &uffd, self.page);
+                let _ = track(region, &uffd, self.page, &mut self.still_tracked);
             }
         }
         self.uffd = Some(uffd);
@@ -868,8 +870,14 @@ fn end_watches(
     }
 }
 
-/// Tracks writes to every page over which no frame was mapped (invariant L2).
-fn track(region: &mut Region, uffd: &Userfaultfd, page: usize) -> Result<(), RegisterStop> {
+/// Tracks writes to every page over which no frame was mapped (invariant L2). If that fails, nothing of
+/// it stays registered; where the kernel does not see to that, `left` gets what does.
+fn track(
+    region: &mut Region,
+    uffd: &Userfaultfd,
+    page: usize,
+    left: &mut Vec<Span>,
+) -> Result<(), RegisterStop> {
     let pages = region.pages();
     let mut at = 0;
     while at < pages {
@@ -877,8 +885,16 @@ fn track(region: &mut Region, uffd: &Userfaultfd, page: usize) -> Result<(), Reg
         if end > at {
             let span = region.live.part(at * page, (end - at) * page).span();
             if let Err(stop) = uffd.register(span, Modes::WriteProtect) {
-                // What is registered already goes, with what is not.
-                let _ = uffd.unregister(region.live.span());
+                // The run that failed may be registered in part, unless another userfaultfd has it.
+                let end = if stop == RegisterStop::Foreign {
+                    at
+                } else {
+                    end
+                };
+                let done = region.live.part(0, end * page).span();
+                if end > 0 && uffd.unregister(done).is_err() {
+                    left.push(done);
+                }
                 return Err(stop);
             }
         }

@@ -39,8 +39,9 @@ use named::{
     pages_that_nothing_else_takes_back_are_carried, panic_in_one_engine_leaves_the_others,
     panic_of_the_helper_leaves_no_writer_waiting,
     panic_while_windows_are_closed_again_leaves_none_open,
-    panics_while_a_window_closes_leave_no_page_away, starting_can_fail_and_be_tried_again,
-    starts_in_the_end, window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back,
+    panics_while_a_window_closes_leave_no_page_away, registering_that_fails_half_way_is_taken_back,
+    starting_can_fail_and_be_tried_again, starts_in_the_end,
+    window_in_which_every_ioctl_becomes_forbidden_gives_its_pages_back,
     window_that_could_not_be_closed_is_closed_before_pages_are_discarded,
 };
 use random::{faults_in_combination_lose_no_increment, random_faults_under_writers};
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         case!(any_panic_loses_nothing).seconds(3600),
         case!(faults_in_combination_lose_no_increment).seconds(3600),
         case!(full_frame_store_is_a_reason),
+        case!(registering_that_fails_half_way_is_taken_back),
         case!(hole_that_mapping_a_frame_left_is_filled),
         case!(hole_that_unmerging_left_is_filled),
         case!(busy_moves_are_a_reason),

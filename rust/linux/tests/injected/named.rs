@@ -37,6 +37,25 @@ pub(super) fn full_frame_store_is_a_reason() {
     assert_reads_right(&memory, "the memfd has room again");
 }
 
+/// What broke: where registering failed half-way, and so did taking it back, the memory stayed with our own
+/// userfaultfd, and was refused as another's for ever after. Goal: the next call takes it back.
+pub(super) fn registering_that_fails_half_way_is_taken_back() {
+    let memory = filled();
+    let engine = engine(Remerge::Quiet);
+    inject::arm_plan(&Plan {
+        effect: Effect::Lie(libc::ENOMEM),
+        ..fail("UffdRegister", "Register", 0, 0, 1)
+    });
+    inject::arm_plan(&fail("UffdUnregister", "Register", libc::EINVAL, 0, 1));
+    let refused = engines::try_register(&engine, memory.addr(), memory.len(), "");
+    let said = refused.expect_err("it fails").to_string();
+    assert!(said.contains("UFFDIO_REGISTER"), "{said}");
+    inject::disarm_all();
+    register(&engine, &memory);
+    assert!(merge(&engine).core.pages_sharing > 0);
+    assert_reads_right(&memory, "registered after all");
+}
+
 /// What broke: a window whose pages could be put back neither by moving nor by copying (memory that
 /// stays short), for as long as that lasted, went round for ever, and so did whoever touched them. Goal:
 /// they are carried home by `mremap`.
