@@ -24,6 +24,11 @@
 //! also the order is by digest, pages that are merged, or unwritten candidates, are passed over: they
 //! are neither counted as scanned nor taken from the budget.
 //!
+//! # A scan that is left out
+//! If the last scan passed over all pages, nothing has been asked of the engine since, and memory says that
+//! nothing has changed since that one began ([`PageSpace::is_still`]), the next would pass over all of them
+//! again. It is begun and ended, and counted, and looks at nothing.
+//!
 //! # What bounds a step
 //! The budget bounds what is examined. What is only looked at, in the scan and in the sweep before it,
 //! is bounded by [`Scanner::set_look_limit`]: a step that comes that far returns, and the next goes on.
@@ -367,6 +372,7 @@ impl Scanner {
         self.look_left = self.look_limit;
         self.looked = 0;
         if !self.waiting.is_empty() {
+            self.stir();
             self.place_waiting(space)?;
         }
         if self.in_scan {
@@ -419,6 +425,10 @@ impl Scanner {
     fn begin_scan<S: PageSpace>(&mut self, space: &mut S, clock: Clock) -> Result<bool, S::Error> {
         if self.sweeping.is_none() {
             self.advisor.scan_starts(clock);
+            if self.has_nothing_to_do(space) {
+                self.start_at(RING);
+                return Ok(true);
+            }
         }
         if self.settings.tree_order == TreeOrder::Content {
             self.sweep_all(space)?;
@@ -429,6 +439,7 @@ impl Scanner {
             };
             // Should memory fail, the next step begins again here.
             self.sweeping = Some(from);
+            self.swept = false;
             let swept = self.sweep(space, from, self.look_left)?;
             self.note_looked(swept.pages, swept.pages);
             if swept.rest.is_some() {
@@ -436,7 +447,12 @@ impl Scanner {
                 return Ok(false);
             }
         }
-        self.sweeping = None;
+        (self.sweeping, self.swept) = (None, true);
+        self.start_at(self.regions.after(RING));
+        Ok(true)
+    }
+
+    fn start_at(&mut self, region: u32) {
         self.emit(Event::StartScan {
             seq: self.seq,
             rmap_entries: self.counters.items,
@@ -446,8 +462,24 @@ impl Scanner {
         }
         self.recall_clashes();
         self.in_scan = true;
-        self.enter_region(self.regions.after(RING));
-        Ok(true)
+        self.enter_region(region);
+    }
+
+    /// Whether the scan that begins would pass over all pages, as the last one did.
+    fn has_nothing_to_do<S: PageSpace>(&mut self, space: &mut S) -> bool {
+        let still = space.is_still(Look::Scan);
+        self.idle_so_far = self.settings.keeps_unstable();
+        still
+            && self.idle
+            && self.idle_so_far
+            && self.lingering == 0
+            && self.clashes.is_empty()
+            && !self.many_clashes
+    }
+
+    /// Something has happened that the next scan must not be left out for.
+    pub(crate) fn stir(&mut self) {
+        (self.idle, self.idle_so_far) = (false, false);
     }
 
     /// Counts pages looked at, and charges the running step for them.
@@ -475,6 +507,7 @@ impl Scanner {
         });
         self.seq += 1;
         self.in_scan = false;
+        self.idle = self.idle_so_far;
         if !self.settings.keeps_unstable() {
             self.discard_unstable_trees();
         }
@@ -576,6 +609,7 @@ impl Scanner {
     }
 
     fn doubt_window(&mut self, window: Window) {
+        self.stir();
         let end = window.first.0 + window.pages;
         let mut from = window.first.0;
         while let Some(page) = self.records.find(from, end, HASHED) {
@@ -752,6 +786,7 @@ impl Scanner {
         state: PageState,
         nid: u16,
     ) -> Result<Option<Visit>, S::Error> {
+        self.stir();
         self.notice(space, page, state)?;
         let item = *self.records.get(page);
         let written = match state {
@@ -846,10 +881,12 @@ impl Scanner {
 
     /// Looks at all merged and zero pages, to learn which of them are still what they were.
     pub(crate) fn sweep_all<S: PageSpace>(&mut self, space: &mut S) -> Result<(), S::Error> {
+        self.swept = false;
         let mut from = Some(self.beginning(self.regions.after(RING)));
         while let Some(place) = from {
             from = self.sweep(space, place, u32::MAX)?.rest;
         }
+        self.swept = true;
         Ok(())
     }
 
@@ -914,6 +951,7 @@ impl Scanner {
         let mut done = Ok(());
         for (page, &state) in (first.0..).map(PageId).zip(states.iter()) {
             if !matches!(state, PageState::Merged | PageState::Unknown) {
+                self.stir();
                 done = done.and(self.notice(space, page, state));
             }
         }

@@ -12,7 +12,7 @@ use crate::settings::KERNEL_PAGES_TO_SCAN;
 use crate::stable_tree::StableNodes;
 use crate::stats::{Counters, profit};
 use crate::{
-    AdvisorMode, Attempt, Content, Event, PageId, PageSpace, Reason, RegionId, RegionStats,
+    AdvisorMode, Attempt, Content, Event, Look, PageId, PageSpace, Reason, RegionId, RegionStats,
     SettingError, Settings, Stats, Tick, TraceSink, TreeOrder, Work,
 };
 use std::cmp::Ordering;
@@ -180,6 +180,12 @@ pub struct Scanner {
     pub(crate) lingering: u32,
     /// The hash of a page of zeroes, once one has been met.
     pub(crate) zero_hash: Option<u64>,
+    /// The last sweep over merged and zero pages has come to its end.
+    pub(crate) swept: bool,
+    /// Nothing has come of the running scan so far: it has passed over all pages.
+    pub(crate) idle_so_far: bool,
+    /// Nothing came of the last scan, and nothing has been asked of this engine since.
+    pub(crate) idle: bool,
     /// The time of the running step.
     pub(crate) now: Tick,
     pub(crate) page_size: usize,
@@ -257,6 +263,9 @@ impl Scanner {
             looked: 0,
             lingering: 0,
             zero_hash: None,
+            swept: false,
+            idle_so_far: false,
+            idle: false,
             now: Tick(0),
             page_size: 4096,
         })
@@ -302,6 +311,7 @@ impl Scanner {
         space: &mut S,
         new: Settings,
     ) -> Result<(), ChangeError<S::Error>> {
+        self.stir();
         self.page_size = space.page_size();
         self.may_change(&new)?;
         let other_trees = self.settings.merge_across_nodes != new.merge_across_nodes
@@ -413,6 +423,7 @@ impl Scanner {
     /// ```
     #[doc(alias = "MADV_MERGEABLE")]
     pub fn register(&mut self, pages: u32, domain: &str) -> Result<Registered, RegisterError> {
+        self.stir();
         if pages == 0 {
             return Err(RegisterError::NoPages);
         }
@@ -531,6 +542,10 @@ impl Scanner {
     /// When memory fails as a whole.
     pub fn refresh<S: PageSpace>(&mut self, space: &mut S) -> Result<(), S::Error> {
         self.page_size = space.page_size();
+        // (Asked in any case: the answer is about the time since it was asked.)
+        if space.is_still(Look::Sweep) && self.swept {
+            return Ok(());
+        }
         self.sweep_all(space)
     }
 }

@@ -256,6 +256,17 @@ pub trait PageSpace {
         into: &mut [PageState],
     ) -> Result<(), Self::Error>;
 
+    /// Whether nothing about any page has changed since this was last asked about the same look, and
+    /// all that had changed before has been told. Of [`Look::Sweep`] only merged and zero pages count, and
+    /// having been asked about [`Look::Scan`] counts, too. Asked when a scan or a sweep begins: one that
+    /// could find nothing new is left out.
+    ///
+    /// A space that cannot tell says no.
+    fn is_still(&mut self, look: Look) -> bool {
+        let _ = look;
+        false
+    }
+
     /// The first page of `window`, which may be as long as a region, that a [`Look::Scan`] would not
     /// find [`PageState::Absent`]; `None` if it would find all of them so. Asked where nothing was at
     /// the page before, about pages that the algorithm knows nothing of. Has no side effect.

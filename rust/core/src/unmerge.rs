@@ -39,6 +39,7 @@ impl Scanner {
         space: &mut S,
         region: RegionId,
     ) -> Result<(), UnregisterError<S::Error>> {
+        self.stir();
         self.page_size = space.page_size();
         if self
             .regions
@@ -86,6 +87,7 @@ impl Scanner {
     /// that it still has. Says whether there was one; only with
     /// [`lagging_records`](crate::Settings::lagging_records).
     pub fn revive(&mut self, region: RegionId) -> bool {
+        self.stir();
         if self
             .regions
             .find(region)
@@ -108,6 +110,7 @@ impl Scanner {
         space: &mut S,
         region: RegionId,
     ) -> Result<(), S::Error> {
+        self.stir();
         self.page_size = space.page_size();
         let Some(&it) = self.regions.find(region) else {
             return Ok(());
@@ -152,6 +155,7 @@ impl Scanner {
         first: PageId,
         pages: u32,
     ) -> Result<(), UnmergeError<S::Error>> {
+        self.stir();
         self.page_size = space.page_size();
         self.absorb_window();
         let end = first.0.saturating_add(pages).min(self.regions.page_end());
@@ -183,6 +187,7 @@ impl Scanner {
         first: PageId,
         pages: u32,
     ) -> Result<(), S::Error> {
+        self.stir();
         self.page_size = space.page_size();
         let end = first.0.saturating_add(pages).min(self.regions.page_end());
         let noticed = self.absent(space, first.0, end);
@@ -207,6 +212,7 @@ impl Scanner {
         space: &mut S,
         run: RunMode,
     ) -> Result<(), UnmergeError<S::Error>> {
+        self.stir();
         self.page_size = space.page_size();
         let before = std::mem::replace(&mut self.run, run);
         if run == RunMode::Unmerge && before != RunMode::Unmerge {
@@ -266,6 +272,7 @@ impl Scanner {
         space: &mut S,
         frames: &[FrameId],
     ) -> Result<u32, S::Error> {
+        self.stir();
         self.page_size = space.page_size();
         self.absorb_window();
         let mut kept = Kept::default();

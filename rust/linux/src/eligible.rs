@@ -187,10 +187,17 @@ pub(crate) struct Readable<'a> {
 
 impl<'a> Readable<'a> {
     pub(crate) fn new(maps: &'a Procmap) -> Self {
-        Self {
-            maps,
-            known: Span::default(),
-        }
+        Self::knowing(maps, Span::default())
+    }
+
+    /// One that need not look at `known`, because that has just been done.
+    pub(crate) fn knowing(maps: &'a Procmap, known: Span) -> Self {
+        Self { maps, known }
+    }
+
+    /// What was found readable last.
+    pub(crate) fn known(&self) -> Span {
+        self.known
     }
 
     pub(crate) fn covers(&mut self, span: Span) -> bool {

@@ -196,6 +196,9 @@ pub(crate) struct LinuxSpace {
     headroom: Option<(u64, Instant)>,
     scanned: Vec<PageRegion>,
     quick: Quick,
+    /// The mapping that was found readable last, while a batch is decided on: until the next look or
+    /// window.
+    readable: Span,
     /// Room for what the kernel tells.
     told_written: Vec<(usize, usize)>,
 }
@@ -276,6 +279,7 @@ impl LinuxSpace {
             headroom: None,
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
             quick: Quick::new(moves && tracking && can.pagemap_scan && by_digest(settings)),
+            readable: Span::default(),
             told_written: Vec::new(),
         })
     }
@@ -789,6 +793,14 @@ impl LinuxSpace {
         (at < region.pages() && region.attached).then_some((region, at))
     }
 
+    /// Whether quick looks tell all there is to tell.
+    fn all_is_looked_at_quickly(&self) -> bool {
+        self.regions.values().all(|region| {
+            let all = (0, region.pages());
+            region.attached && region.tracked && region.left_alone(all, self.page).is_empty()
+        })
+    }
+
     fn live(&self, page: PageId) -> Option<Live> {
         self.region_of(page)
             .map(|(region, at)| region.live.part(at * self.page, self.page))
@@ -941,12 +953,17 @@ fn blank(
 impl PageSpace for LinuxSpace {
     type Error = Error;
 
+    fn is_still(&mut self, look: Look) -> bool {
+        self.quick.is_still(look) && self.all_is_looked_at_quickly()
+    }
+
     fn page_size(&self) -> usize {
         self.page
     }
 
     fn observe(&mut self, window: Window, look: Look, into: &mut [PageState]) -> Result<(), Error> {
         let _phase = enter(Phase::Observe);
+        self.readable = Span::default();
         into.fill(PageState::Absent);
         let page = self.page;
         let Some(region) = self.region_mut(window.region) else {
@@ -961,7 +978,10 @@ impl PageSpace for LinuxSpace {
         if quickly && self.quick.goes() {
             self.look_quickly(window, range, look, into)
         } else {
-            self.look_in_full(window, range, look, into)
+            let begun = Instant::now();
+            let looked = self.look_in_full(window, range, look, into);
+            self.quick.note_full_look(begun);
+            looked
         }
     }
 
@@ -1031,6 +1051,7 @@ impl PageSpace for LinuxSpace {
                 None => into[at] = Attempt::Gone,
             }
         }
+        self.readable = known.known();
         if self.zero_only {
             for (at, live) in readable {
                 into[at] = Attempt::Done(PageHasher::zero_or_not(live.is_zero()));
@@ -1099,7 +1120,7 @@ impl PageSpace for LinuxSpace {
     fn compare(&mut self, a: Content, b: Content) -> Result<Attempt<Ordering>, Error> {
         let _phase = enter(Phase::Digest);
         let maps = Rc::clone(&self.maps);
-        let mut known = Readable::new(&maps);
+        let mut known = Readable::knowing(&maps, self.readable);
         let order = match (a, b) {
             (Content::Page(a), Content::Page(b)) => match (self.live(a), self.live(b)) {
                 (Some(a), Some(b)) if known.covers(a.span()) && known.covers(b.span()) => {
@@ -1125,11 +1146,15 @@ impl PageSpace for LinuxSpace {
                 }
             }
         };
+        if known.known() != Span::default() {
+            self.readable = known.known();
+        }
         Ok(order.map_or(Attempt::Gone, Attempt::Done))
     }
 
     fn apply(&mut self, requests: &[Request], outcomes: &mut [Attempt<()>]) -> Result<(), Error> {
         let _phase = enter(Phase::Prepare);
+        self.readable = Span::default();
         self.unshare(requests, outcomes);
         self.refuse_left_alone(requests, outcomes);
         self.refuse_swapped(requests, outcomes);

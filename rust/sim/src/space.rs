@@ -202,6 +202,11 @@ pub struct SimSpace {
     digests: u64,
     points: u64,
     actions_done: u64,
+    /// Anything that happened to any page, or to a region.
+    changes: u64,
+    /// What `changes` was when a scan, and when a sweep, last asked whether there were any.
+    asked: [Option<u64>; 2],
+    stills: u64,
     max_sharers: usize,
     separate_nodes: bool,
 }
@@ -225,9 +230,18 @@ impl SimSpace {
             digests: 0,
             points: 0,
             actions_done: 0,
+            changes: 0,
+            asked: [None; 2],
+            stills: 0,
             max_sharers: usize::MAX,
             separate_nodes: false,
         }
+    }
+
+    /// How often a scan or a sweep was told that nothing had changed.
+    #[must_use]
+    pub fn stills(&self) -> u64 {
+        self.stills
     }
 
     /// How this memory behaves in general.
@@ -302,6 +316,7 @@ impl SimSpace {
     /// # Panics
     /// When its name or one of its page numbers belongs to a registered region.
     pub fn add_region(&mut self, region: RegionId, first: PageId, pages: u32, domain: &str) {
+        self.changes += 1;
         let end = first.plus(pages);
         let clash: Vec<RegionId> = self
             .regions
@@ -344,6 +359,7 @@ impl SimSpace {
     /// # Panics
     /// When one of its pages still shows a frame, or the zero page by request.
     pub fn retire_region(&mut self, region: RegionId) {
+        self.changes += 1;
         let old = self
             .regions
             .get_mut(&region)
@@ -365,6 +381,7 @@ impl SimSpace {
     /// # Panics
     /// When there is no such region.
     pub fn revive_region(&mut self, region: RegionId) {
+        self.changes += 1;
         self.regions
             .get_mut(&region)
             .expect("only a region that is known can be revived")
@@ -376,6 +393,7 @@ impl SimSpace {
     /// # Panics
     /// When there is no such region.
     pub fn remove_region(&mut self, region: RegionId) {
+        self.changes += 1;
         let old = self
             .regions
             .remove(&region)
@@ -411,7 +429,14 @@ impl SimSpace {
         &region.pages[(page.0 - region.first.0) as usize]
     }
 
+    /// A page to which something happens.
     fn page_mut(&mut self, page: PageId) -> &mut Page {
+        self.changes += 1;
+        self.noted(page)
+    }
+
+    /// A page of which something is noted.
+    fn noted(&mut self, page: PageId) -> &mut Page {
         let id = self
             .region_of(page)
             .unwrap_or_else(|| panic!("{page:?} belongs to no region"));
@@ -615,6 +640,7 @@ impl SimSpace {
     /// Makes every page of every registered region one that can be merged, but for those that
     /// `observe` calls ineligible.
     pub fn cure(&mut self) {
+        self.changes += 1;
         for page in self
             .regions
             .values_mut()
@@ -683,7 +709,7 @@ impl SimSpace {
     fn state(&mut self, at: PageId, look: Look) -> PageState {
         let spurious = self.rng.chance(self.faults.spurious);
         let (tracking, habits) = (self.habits.tracking, self.habits);
-        let page = self.page_mut(at);
+        let page = self.noted(at);
         page.zero_marked &= matches!(page.backing, Backing::Zero { .. });
         match page.backing {
             Backing::Absent => return PageState::Absent,
@@ -707,7 +733,7 @@ impl SimSpace {
             // The written bit is kept for the look that can report it.
             return PageState::Ineligible(reason);
         }
-        let page = self.page_mut(at);
+        let page = self.noted(at);
         let known = tracking && (!page.broken || habits.tracking_broken);
         let written = match look {
             Look::Sweep if !habits.sweep_tells => Written::Unknown,
@@ -774,7 +800,7 @@ impl SimSpace {
         }
         let bytes: Box<[u8]> = self.read(at);
         let digest = self.digest_of(&bytes);
-        self.page_mut(at).basis = Some(bytes);
+        self.noted(at).basis = Some(bytes);
         Attempt::Done(digest)
     }
 
@@ -1015,6 +1041,24 @@ impl PageSpace for SimSpace {
 
     fn page_size(&self) -> usize {
         self.habits.page_size
+    }
+
+    fn is_still(&mut self, look: Look) -> bool {
+        let [scan, sweep] = self.asked;
+        let now = Some(self.changes);
+        let before = match look {
+            Look::Scan => {
+                self.asked = [now; 2];
+                scan
+            }
+            Look::Sweep => {
+                self.asked = [scan, now];
+                sweep
+            }
+        };
+        let still = self.habits.tracking && self.faults.spurious == 0 && before == now;
+        self.stills += u64::from(still);
+        still
     }
 
     fn observe(

@@ -229,12 +229,96 @@ fn pass_over_unchanged_memory_reads_no_page() {
     );
     rest.scan(4);
     let (scanned, read) = (rest.scanner.stats().pages_scanned, rest.space.digests());
+    let (scans, still) = (rest.scanner.stats().full_scans, rest.space.stills());
     rest.scan(5);
     assert_eq!(rest.space.digests(), read, "digests asked for");
+    assert_eq!(rest.space.stills(), still + 5, "scans that were left out");
+    assert_eq!(rest.scanner.stats().full_scans, scans + 5, "and counted");
     assert_eq!(
         rest.scanner.stats().pages_scanned,
         scanned,
         "pages examined"
     );
     model::assert_at_rest(&rest.scanner, &rest.space);
+}
+
+type Happens = fn(&mut Rest, &dyn Fn(u32) -> PageId);
+
+/// Scans that are left out because nothing has happened end with whatever does happen: by the program, or by
+/// whoever uses the engine.
+#[test]
+fn scans_that_were_left_out_miss_nothing() {
+    let settings = Settings {
+        smart_scan: false,
+        use_zero_pages: true,
+        advisor_mode: AdvisorMode::None,
+        ..Settings::default()
+    };
+    let habits = Habits {
+        tracking: true,
+        ..Habits::default()
+    };
+    let mut rest = Rest::new(&settings, habits);
+    let first = rest.region("", (0..60).map(|page| page % 20));
+    let page = |number: u32| first.plus(number);
+    let happens: [(&str, Happens); 9] = [
+        ("a merged page is written", |rest, page| {
+            rest.space.act(page(3), Action::Write(100));
+        }),
+        ("a page becomes a twin", |rest, page| {
+            rest.space.act(page(23), Action::Write(100));
+        }),
+        ("a zero page is written", |rest, page| {
+            rest.space.act(page(0), Action::Write(101));
+        }),
+        ("a page is given up", |rest, page| {
+            rest.space.act(page(5), Action::Discard);
+        }),
+        ("another region comes", |rest, _| {
+            rest.region("", [7, 8, 9, 102, 102]);
+        }),
+        ("everything is un-merged and merged again", |rest, _| {
+            for run in [RunMode::Unmerge, RunMode::Merge] {
+                rest.scanner.set_run(&mut rest.space, run).expect("it is");
+            }
+        }),
+        ("another setting", |rest, _| {
+            let new = Settings {
+                max_page_sharing: 2,
+                ..rest.scanner.settings().clone()
+            };
+            for run in [RunMode::Unmerge, RunMode::Merge] {
+                rest.scanner.set_run(&mut rest.space, run).expect("it is");
+            }
+            rest.space.set_rules(2, true);
+            rest.scanner
+                .change_settings(&mut rest.space, new)
+                .expect("nothing is merged");
+        }),
+        ("pages are set aside", |rest, page| {
+            rest.scanner
+                .set_aside(&mut rest.space, page(10), 3)
+                .expect("they are un-merged");
+        }),
+        (
+            "the engine is told that pages are given up",
+            |rest, page| {
+                for number in 30..33 {
+                    rest.space.act(page(number), Action::Discard);
+                }
+                rest.scanner
+                    .vacated(&mut rest.space, page(30), 3)
+                    .expect("nothing fails here");
+            },
+        ),
+    ];
+    for (what, happen) in happens {
+        rest.scan(5);
+        let still = rest.space.stills();
+        rest.scan(2);
+        assert_eq!(rest.space.stills(), still + 2, "before {what}");
+        happen(&mut rest, &page);
+        rest.scan(5);
+        model::assert_at_rest(&rest.scanner, &rest.space);
+    }
 }

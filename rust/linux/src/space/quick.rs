@@ -32,6 +32,8 @@
 //!   is merged wrongly by that, since a page that is not anonymous memory of his own cannot be moved out, and
 //!   bytes are compared. (So there are quick looks only where pages are moved.) For the sake of counters and
 //!   reasons there is a look in full now and then ([`FULL_AFTER`]).
+//! * If all looks of a pass would be quick, and nothing has happened, the pass itself is left out
+//!   ([`PageSpace::is_still`](pagemerge_core::PageSpace::is_still)).
 //!
 //! # Invariants
 //! * K1. A page that is `own` without `mapped`, or `zero`, was protected when the bit was set, and whoever
@@ -59,10 +61,11 @@ const FETCH: usize = 4096;
 const STRETCHES: usize = 32;
 /// How old an answer may be when it is used.
 const FRESH: Duration = Duration::from_millis(10);
-/// How long it takes, at least, until everything is looked at in full again; and so long for each page, so
-/// that it costs a hundredth of the time at most.
+/// How long it takes, at least, until everything is looked at in full again; so long for each page; and so
+/// many times as long as the last such looks took. So they cost a hundredth of the time at most.
 const FULL_AFTER: Duration = Duration::from_secs(1);
 const FULL_AFTER_EACH: Duration = Duration::from_micros(10);
+const FULL_SHARE: u32 = 100;
 
 /// Bits of one word of a bitmap.
 const WORD: usize = u64::BITS as usize;
@@ -129,6 +132,8 @@ pub(super) struct Quick {
     swept: Option<Faults>,
     /// When the last pass of looks in full began.
     full_at: Option<Instant>,
+    /// What looks in full have taken since.
+    full_took: Duration,
     /// Which pages of which region the kernel has just been asked about, and when.
     fetched: Option<(RegionId, usize, usize, Instant)>,
 }
@@ -145,11 +150,13 @@ impl Quick {
     pub(super) fn begin_pass(&mut self, pages: usize) {
         let now = Instant::now();
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-        let lasts = FULL_AFTER.max(FULL_AFTER_EACH.saturating_mul(pages));
+        let lasts = FULL_AFTER
+            .max(FULL_AFTER_EACH.saturating_mul(pages))
+            .max(self.full_took * FULL_SHARE);
         self.fetched = None;
         self.full = !self.on || self.full_at.is_none_or(|at| now.duration_since(at) > lasts);
         if self.full {
-            self.full_at = Some(now);
+            (self.full_at, self.full_took) = (Some(now), Duration::ZERO);
         }
         self.swaps = swaps();
         let faults = Faults::now();
@@ -168,9 +175,25 @@ impl Quick {
         self.swept = faults;
     }
 
+    /// Whether no page that is looked at quickly has changed since the last pass began, or (in a sweep) no
+    /// merged or zero page since the last sweep over them.
+    pub(super) fn is_still(&self, look: Look) -> bool {
+        match look {
+            Look::Scan => self.goes() && self.undisturbed && self.unparted,
+            Look::Sweep => self.goes() && self.unparted,
+        }
+    }
+
     /// Whether looks are quick in this pass.
     pub(super) fn goes(&self) -> bool {
         self.on && !self.full
+    }
+
+    /// A look in full has been made, which began then.
+    pub(super) fn note_full_look(&mut self, begun: Instant) {
+        if self.full {
+            self.full_took += begun.elapsed();
+        }
     }
 
     /// Something is not as it was: everything is looked at in full in the next pass.
