@@ -545,9 +545,14 @@ impl EngineState {
         let _phase = enter(Phase::Stats);
         self.space.begin_sweep();
         self.scanner.refresh(&mut self.space)?;
+        Ok(self.counted())
+    }
+
+    /// The counters as they stand.
+    fn counted(&mut self) -> EngineStats {
         let core = self.scanner.stats();
         let space = self.space.stats();
-        Ok(EngineStats {
+        EngineStats {
             metadata_bytes: core.metadata_bytes + space.metadata_bytes,
             core,
             space,
@@ -557,7 +562,7 @@ impl EngineState {
             pages_to_scan: self.scanner.pages_to_scan(),
             cpu_nanos: self.cpu_nanos,
             last_error: self.last_error.clone(),
-        })
+        }
     }
 
     /// Takes out of userfaultfd what windows could not take out.
@@ -771,6 +776,9 @@ impl Engine {
 
     /// One full pass from where the scan is to the end of the pass, or `pages` pages.
     ///
+    /// The counters are those at its end. Which merged pages have been written is known in them as of its
+    /// beginning; [`stats`](Self::stats) looks again.
+    ///
     /// `between` is called between slices, on this thread; when it says `false` the work stops.
     ///
     /// # Errors
@@ -787,11 +795,14 @@ impl Engine {
             let begins = std::mem::take(&mut first);
             let slice = self.on(move |engine| {
                 if begins {
-                    // What owners changed before this call is kept by it.
-                    engine.space.survey_anew();
+                    engine.space.survey_for_scanning();
                 }
                 engine.slice(budget)
             })?;
+            if slice.pass_done && pages.is_none() {
+                // It has looked at all merged pages when it began.
+                return self.on(|engine| Ok(engine.counted()));
+            }
             if slice.pass_done || slice.idle {
                 break;
             }

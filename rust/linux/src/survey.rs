@@ -7,7 +7,8 @@
 //! # What holds here
 //! * While the list is short it is read anew whenever somebody asks for what is true now.
 //! * While it is long it may be as old as [`SHARE`] times what reading it took, so reading takes no more
-//!   than a small part of anybody's time. A mapping that the kernel, asked for that one, does not
+//!   than a small part of anybody's time. A call that scans reads it anew up to [`LONG`], so that what
+//!   owners changed before the call is kept by it; beyond, with ten thousands of mappings, it may be as old. A mapping that the kernel, asked for that one, does not
 //!   describe as the list does is not taken from an old list.
 //! * A region that was registered by an old list is looked up in a newer one before any of its pages is
 //!   merged: see [`Survey::newer_than`].
@@ -21,10 +22,10 @@ use std::time::{Duration, Instant};
 
 /// A list that was read in less than this is read again for everybody who registers memory.
 const CHEAP: Duration = Duration::from_millis(5);
+/// A list that took longer is not read again for each call that scans.
+const LONG: Duration = Duration::from_millis(50);
 /// How many times as long as it took to be read an old list may serve.
-const SHARE: u32 = 5;
-/// The same in the background, and in a long call.
-const BACKGROUND_SHARE: u32 = 20;
+const SHARE: u32 = 20;
 
 #[derive(Clone, Debug)]
 struct Reading {
@@ -77,7 +78,7 @@ impl Survey {
             let growth = mappings.div_ceil((it.list.len() as u64).max(1));
             it.took * u32::try_from(growth).unwrap_or(u32::MAX).max(1)
         });
-        (took * 50).min(at_most).max(took * BACKGROUND_SHARE)
+        (took * 50).min(at_most).max(took * SHARE)
     }
 
     /// Whether the last list took long to read and is still young enough for its share.
@@ -85,6 +86,11 @@ impl Survey {
         self.last
             .as_ref()
             .is_some_and(|it| it.took > CHEAP && it.at.elapsed() < it.took * SHARE)
+    }
+
+    /// Whether it is so long that the next call that scans makes do with it, too.
+    pub(crate) fn is_long(&self) -> bool {
+        self.last.as_ref().is_some_and(|it| it.took > LONG)
     }
 
     /// How old a list may be where `at_least` is wanted.

@@ -179,6 +179,14 @@ impl LinuxSpace {
         }
     }
 
+    /// What owners changed before a call that scans, or a pass in which pages come back, is kept by it, unless
+    /// looking takes very long.
+    pub(crate) fn survey_for_scanning(&mut self) {
+        if !(self.survey.is_long() && self.survey.still_serves()) {
+            self.survey_anew();
+        }
+    }
+
     /// Where pages leave for anonymous memory, what is known of the owner's changes must be newer than
     /// this pass, or this un-merging; and a call keeps what was changed before it.
     pub(crate) fn survey_anew(&mut self) {

@@ -262,7 +262,7 @@ impl LinuxSpace {
                 let part = run.part(at * self.page, quiet * self.page);
                 let offset = u32::try_from(at).expect("a window is small");
                 if !std::mem::replace(&mut self.surveyed_in_pass, true) {
-                    self.survey_anew();
+                    self.survey_for_scanning();
                 }
                 let altered = self.altered(first.plus(offset), part.span());
                 let done = if altered.is_some() {
