@@ -290,7 +290,9 @@ impl LinuxSpace {
         match look {
             Look::Scan if !self.quick.undisturbed => self.fetch(window.region, from, to)?,
             Look::Sweep if !self.quick.unparted => {
-                let looked = self.look_for_copies(window.region, from, to);
+                let looked = self
+                    .look_for_copies(window.region, from, to)
+                    .and_then(|()| self.look_for_written_zeroes(window.region, from, to));
                 if looked.is_err() {
                     self.quick.swept = None;
                 }
@@ -311,7 +313,7 @@ impl LinuxSpace {
             let doubt = match look {
                 Look::Scan => !(mapped | own | zero) | (mapped & own) | (!mapped & written),
                 // Other pages are the scan's affair.
-                Look::Sweep if sweeps => mapped & own & written | zero,
+                Look::Sweep if sweeps => (mapped & own | zero) & written,
                 Look::Sweep => 0,
             } & all;
             let states = &mut into[at - from..(at - from + WORD).min(to - from)];
@@ -444,6 +446,22 @@ impl LinuxSpace {
             asked?;
         }
         self.quick.fetched = Some((id, to, end, now));
+        Ok(())
+    }
+
+    /// Finds those of the zero pages `from..to` that were written since.
+    fn look_for_written_zeroes(
+        &mut self,
+        id: RegionId,
+        from: usize,
+        to: usize,
+    ) -> Result<(), Error> {
+        let any = self
+            .region_mut(id)
+            .is_some_and(|region| region.zero.any(from, to));
+        if any {
+            self.fetch(id, from, to)?;
+        }
         Ok(())
     }
 
