@@ -7,7 +7,7 @@
 //! page from again.
 //!
 //! * [`mod@space`] is the door to memory. This crate never sees a byte, a clock or a thread.
-//! * `rmap` holds what is remembered about each page, 24 bytes at most.
+//! * `rmap` holds what is remembered about each page, 20 bytes at most.
 //! * `stable_tree` knows the frames, by content; `unstable_tree` the pages that may have a twin.
 //! * `scan` goes over the pages; its `cmp_and_merge_page` is the heart of it all.
 //! * `attach` is the book-keeping of who shares what; `unmerge` is the way back.

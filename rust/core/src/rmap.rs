@@ -1,10 +1,17 @@
 //! Records: what is remembered about one page between two looks, and where records are kept.
 //!
-//! A record ([`RmapItem`], 24 bytes) exists for each page that has one in the kernel's sense
+//! A record ([`RmapItem`], 20 bytes) exists for each page that has one in the kernel's sense
 //! ([`EXISTS`]), and for each page that this engine has put onto the zero page ([`ZERO`]; the kernel
 //! marks those by the dirty bit of their page table entry). The two are independent. Three of its
 //! words have two uses, because a page is never both a candidate and a sharer: tree links while
-//! [`UNSTABLE`], and node, next and previous sharer while [`ATTACHED`].
+//! [`UNSTABLE`], and node, next and previous sharer while [`ATTACHED`]. The other two hold 48 bits of
+//! the page's hash, the flags, and how often the page has been looked at, of which [`smart_scan`]
+//! tells apart no more than 5 bits can name.
+//!
+//! 48 bits of a hash are enough, since equal hashes decide nothing: bytes are compared. Of the 4 million
+//! pages of 16 GiB, two of different bytes have equal ones in 3 engines of a hundred, and those two are
+//! compared once in each pass. All hashes in this crate are cut alike where they come in
+//! ([`Digest::kept`]), so that both trees and all records go by the same order.
 //!
 //! Records lie in chunks, one for each stretch of 512 page numbers, so that a region of 64 GiB with few
 //! pages present costs little more than those pages: a chunk with few records is a list of them, one
@@ -20,11 +27,13 @@
 //! # Cost
 //! Access is three array look-ups (in a list, a binary search besides). Going over all records costs by
 //! the chunks that are there, and one look for each 128 MiB. Freeing empty chunks reads only chunks that
-//! lost a record. A lone record takes 160 bytes, besides 1 KiB for the 128 MiB around it; many take 24
+//! lost a record. A lone record takes 128 bytes, besides 1 KiB for the 128 MiB around it; many take 20
 //! each.
 
 use crate::PageId;
 use crate::rbtree::{Links, NIL, Side};
+#[cfg(doc)]
+use crate::{Digest, smart_scan};
 
 /// The page has a record in the kernel's sense: it was present when last looked at.
 pub(crate) const EXISTS: u16 = 1 << 0;
@@ -50,60 +59,96 @@ pub(crate) const COUNTED_EVEN: u16 = 1 << 9;
 /// See [`COUNTED_EVEN`].
 pub(crate) const COUNTED_ODD: u16 = 1 << 10;
 
+/// Where, among the flags, the number of looks lies.
+const LOOKS_SHIFT: u32 = 11;
+const LOOKS: u16 = u16::MAX << LOOKS_SHIFT;
+/// The looks that a record can count.
+pub(crate) const LOOKS_MAX: u8 = (1 << (u16::BITS - LOOKS_SHIFT)) - 1;
+
 /// Records in a chunk.
 pub(crate) const CHUNK: usize = 512;
 const SHIFT: u32 = CHUNK.trailing_zeros();
 
 /// What is remembered about one page.
+///
+/// (Packed only so that five words of 32 bits are not rounded up to six: each field is read and written
+/// at once, which costs the same wherever it lies.)
 #[doc(alias = "ksm_rmap_item")]
 #[derive(Clone, Copy, Debug)]
+#[repr(C, packed(4))]
 pub(crate) struct RmapItem {
-    /// The hash of the page's bytes at the last look (the kernel's `oldchecksum`), if `HASHED`.
-    pub(crate) hash: u64,
+    /// The hash of the page's bytes at the last look (the kernel's `oldchecksum`), if `HASHED`: the
+    /// highest 48 bits. The others are flags, and looks for smart scan.
+    hash_and_flags: u64,
     /// Left, right, parent; or node, next, previous.
     links: [u32; 3],
-    /// Looks, for smart scan.
-    pub(crate) age: u8,
-    /// Looks still to be left out.
-    pub(crate) remaining_skips: u8,
-    flags: u16,
 }
 
 const _: () = assert!(
-    size_of::<RmapItem>() <= 24,
-    "a record costs at most 24 bytes"
+    size_of::<RmapItem>() <= 20,
+    "a record costs at most 20 bytes"
 );
+
+/// Those bits of `hash_and_flags` that are flags and looks.
+const FLAGS: u64 = u16::MAX as u64;
 
 impl RmapItem {
     const EMPTY: Self = Self {
-        hash: 0,
+        hash_and_flags: 0,
         links: [NIL; 3],
-        age: 0,
-        remaining_skips: 0,
-        flags: 0,
     };
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the lowest 16 bits are meant"
+    )]
+    fn flags(&self) -> u16 {
+        self.hash_and_flags as u16
+    }
 
     /// Whether all of `flags` are set.
     pub(crate) fn is(&self, flags: u16) -> bool {
-        self.flags & flags == flags
+        self.flags() & flags == flags
     }
 
     /// Those of `mask` that are set.
     pub(crate) fn only(&self, mask: u16) -> u16 {
-        self.flags & mask
+        self.flags() & mask
     }
 
     pub(crate) fn set(&mut self, flags: u16) {
-        self.flags |= flags;
+        self.hash_and_flags |= u64::from(flags);
     }
 
     pub(crate) fn clear(&mut self, flags: u16) {
-        self.flags &= !flags;
+        self.hash_and_flags &= !u64::from(flags);
+    }
+
+    /// The last hash, of use only while `HASHED`.
+    pub(crate) fn hash(&self) -> u64 {
+        self.hash_and_flags & !FLAGS
     }
 
     /// The last hash, if there is one.
     pub(crate) fn kept_hash(&self) -> Option<u64> {
-        self.is(HASHED).then_some(self.hash)
+        self.is(HASHED).then_some(self.hash())
+    }
+
+    /// Takes note of a hash, as [`Digest::kept`] cuts it.
+    pub(crate) fn set_hash(&mut self, hash: u64) {
+        debug_assert_eq!(hash & FLAGS, 0, "a kept hash has 48 bits");
+        self.hash_and_flags = hash | self.hash_and_flags & FLAGS;
+    }
+
+    /// How many looks smart scan has counted.
+    pub(crate) fn looks(&self) -> u8 {
+        u8::try_from(self.flags() >> LOOKS_SHIFT).expect("five bits are left")
+    }
+
+    pub(crate) fn set_looks(&mut self, looks: u8) {
+        debug_assert!(looks <= LOOKS_MAX, "{looks} looks cannot be counted");
+        self.clear(LOOKS);
+        self.set(u16::from(looks) << LOOKS_SHIFT);
     }
 
     /// Attached and showing its frame, as far as is known.
@@ -243,13 +288,13 @@ impl Chunk {
                 if !std::mem::take(&mut dense.lost_one) {
                     return false;
                 }
-                dense.items.iter().all(|item| item.flags == 0)
+                dense.items.iter().all(|item| item.flags() == 0)
             }
             Self::Few(few) => {
                 if !std::mem::take(&mut few.lost_one) {
                     return false;
                 }
-                few.items.retain(|(_, item)| item.flags != 0);
+                few.items.retain(|(_, item)| item.flags() != 0);
                 few.items.is_empty()
             }
             Self::None => true,
@@ -259,8 +304,10 @@ impl Chunk {
     /// Whether it would be kept for ever though all its records are empty.
     fn is_forgotten(&self) -> bool {
         match self {
-            Self::Dense(dense) => !dense.lost_one && dense.items.iter().all(|item| item.flags == 0),
-            Self::Few(few) => !few.lost_one && few.items.iter().all(|(_, item)| item.flags == 0),
+            Self::Dense(dense) => {
+                !dense.lost_one && dense.items.iter().all(|item| item.flags() == 0)
+            }
+            Self::Few(few) => !few.lost_one && few.items.iter().all(|(_, item)| item.flags() == 0),
             Self::None => false,
         }
     }
@@ -502,5 +549,36 @@ impl Links for Records {
     fn set_red(&mut self, at: u32, red: bool) {
         let item = self.get_mut(PageId(at));
         if red { item.set(RED) } else { item.clear(RED) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what lies in one word does not get into one another's way. Method: each is set to its
+    /// greatest and its least value while the others are at the opposite end.
+    #[test]
+    fn hash_looks_and_flags_keep_apart() {
+        const ALL: u16 = !LOOKS;
+        const HASH: u64 = !FLAGS;
+        for (hash, looks, flags) in [(HASH, 0, 0), (0, LOOKS_MAX, 0), (0, 0, ALL)] {
+            let mut item = RmapItem::EMPTY;
+            item.set_hash(hash);
+            item.set_looks(looks);
+            item.set(flags);
+            assert_eq!((item.hash(), item.looks()), (hash, looks));
+            assert_eq!(item.only(ALL), flags);
+
+            item.set_hash(HASH ^ hash);
+            item.set_looks(LOOKS_MAX - looks);
+            item.clear(flags);
+            item.set(ALL ^ flags);
+            assert_eq!(
+                (item.hash(), item.looks()),
+                (HASH ^ hash, LOOKS_MAX - looks)
+            );
+            assert_eq!(item.only(ALL), ALL ^ flags);
+        }
     }
 }

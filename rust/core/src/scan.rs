@@ -53,7 +53,8 @@
 use crate::rbtree::{Links, NIL, Side};
 use crate::regions::{Life, RING, Region};
 use crate::rmap::{
-    ATTACHED, BROKEN, COUNTED_EVEN, COUNTED_ODD, EXISTS, HASHED, RECHECK, UNSTABLE, ZERO, low32,
+    ATTACHED, BROKEN, COUNTED_EVEN, COUNTED_ODD, EXISTS, HASHED, RECHECK, RmapItem, UNSTABLE, ZERO,
+    low32,
 };
 use crate::scanner::{RunMode, Scanner, StepReport};
 use crate::smart_scan;
@@ -263,6 +264,37 @@ enum Next {
     LookedEnough,
     /// To the end of the scan.
     End,
+}
+
+/// Flags that no record has, and a hash that none keeps (its lowest bits are not kept).
+const NO_FLAGS: u16 = u16::MAX;
+const NO_HASH: u64 = 1;
+
+/// How many of these pages, before the first that is another case, have not changed: those not written
+/// have the flags `settled` and not the hash `never`, merged ones have the flags `merged`.
+///
+/// A pass over memory at rest is this loop. It is a function of its own because, as a part of another,
+/// it was compiled to a tenth more time.
+#[inline(never)]
+fn unchanged(
+    states: &[PageState],
+    items: &[RmapItem],
+    (settled, merged): (u16, u16),
+    never: u64,
+) -> usize {
+    const COUNTED: u16 = COUNTED_EVEN | COUNTED_ODD;
+    let pages = states.iter().zip(items);
+    let unchanged = pages.take_while(|(state, item)| match state {
+        PageState::Resident(Written::No) => {
+            item.only(SETTLED | RECHECK | COUNTED) == settled && item.hash() != never
+        }
+        PageState::Merged => item.only(ATTACHED | BROKEN | COUNTED) == merged,
+        PageState::Absent => item.only(EXISTS | ZERO) == 0,
+        PageState::ZeroPage => item.only(EXISTS) == 0,
+        PageState::Unknown => true,
+        _ => false,
+    });
+    unchanged.count()
 }
 
 impl Scanner {
@@ -737,32 +769,18 @@ impl Scanner {
     }
 
     fn pass_over_some(&mut self) -> usize {
-        let (keeps, settled) = (self.settings.keeps_unstable(), self.settled());
-        let never = self.never_settled();
+        let (settled, merged) = if self.settings.keeps_unstable() {
+            (self.settled(), ATTACHED)
+        } else {
+            (NO_FLAGS, NO_FLAGS)
+        };
+        let never = self.never_settled().unwrap_or(NO_HASH);
         let (at, rest) = self.cursor.rest();
         if rest.is_empty() {
             return 0;
         }
         let passed = match self.records.stretch(PageId(at)) {
-            Ok(items) => rest
-                .iter()
-                .zip(items)
-                .take_while(|(state, item)| match state {
-                    PageState::Resident(Written::No) => {
-                        let none = RECHECK | COUNTED_EVEN | COUNTED_ODD;
-                        keeps
-                            && item.only(SETTLED | none) == settled
-                            && never.is_none_or(|hash| hash != item.hash)
-                    }
-                    PageState::Merged => {
-                        keeps && item.shows_frame() && item.only(COUNTED_EVEN | COUNTED_ODD) == 0
-                    }
-                    PageState::Absent => item.only(EXISTS | ZERO) == 0,
-                    PageState::ZeroPage => item.only(EXISTS) == 0,
-                    PageState::Unknown => true,
-                    _ => false,
-                })
-                .count(),
+            Ok(items) => unchanged(rest, items, (settled, merged), never),
             Err(missing) => rest[..rest.len().min(missing)]
                 .iter()
                 .take_while(|state| {
@@ -824,7 +842,7 @@ impl Scanner {
             Written::No
                 if self.settings.keeps_unstable()
                     && item.only(SETTLED | RECHECK) == self.settled()
-                    && self.never_settled() != Some(item.hash) =>
+                    && self.never_settled() != Some(item.hash()) =>
             {
                 return Ok(None);
             }
@@ -845,7 +863,10 @@ impl Scanner {
         }
         if self.settings.smart_scan {
             let item = self.records.get_mut(page);
-            if smart_scan::leave_out(&mut item.age, &mut item.remaining_skips) {
+            let mut looks = item.looks();
+            let left_out = smart_scan::leave_out(&mut looks);
+            item.set_looks(looks);
+            if left_out {
                 self.counters.smart_skipped += 1;
                 self.detach(page);
                 return Ok(None);
@@ -1007,7 +1028,7 @@ impl Scanner {
                     let key = if stable {
                         self.stable.get(*at).hash
                     } else {
-                        self.records.get(PageId(*at)).hash
+                        self.records.get(PageId(*at)).hash()
                     };
                     let side = match it.hash.cmp(&key) {
                         Ordering::Less => Side::Left,
@@ -1071,13 +1092,14 @@ impl Scanner {
 
     /// Records a page's new hash, and says whether the page has been calm.
     fn is_calm(&mut self, candidate: &mut Candidate, digest: Digest) -> bool {
+        let hash = digest.kept();
         if digest.zero {
-            self.zero_hash = Some(digest.hash);
+            self.zero_hash = Some(hash);
         }
-        (candidate.hash, candidate.hashed) = (digest.hash, true);
+        (candidate.hash, candidate.hashed) = (hash, true);
         let item = self.records.get_mut(candidate.page);
-        let same = item.kept_hash() == Some(digest.hash);
-        item.hash = digest.hash;
+        let same = item.kept_hash() == Some(hash);
+        item.set_hash(hash);
         item.set(HASHED);
         item.clear(RECHECK);
         same || !candidate.by_hash
@@ -1447,7 +1469,7 @@ impl Scanner {
         for (&Made { node, .. }, &digest) in made.iter().zip(&digests) {
             let it = *self.stable.get(node);
             let hash = match digest {
-                Attempt::Done(digest) => digest.hash,
+                Attempt::Done(digest) => digest.kept(),
                 _ => it.hash,
             };
             if hash != it.hash || it.doubtful {
@@ -1529,7 +1551,7 @@ impl Scanner {
         tree: u32,
         page: PageId,
     ) -> Result<(), S::Error> {
-        let hash = self.records.get(page).hash;
+        let hash = self.records.get(page).hash();
         // If another candidate has its bytes by now, it waits for the next scan.
         let _ = self.unstable_search_or_insert(space, tree, page, hash)?;
         Ok(())

@@ -78,10 +78,19 @@ pub enum PageState {
 /// A keyed hash of a page's bytes, and whether all of them are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Digest {
-    /// Equal bytes have equal hashes, within one engine. The other direction is never relied on.
+    /// Equal bytes have equal hashes, within one engine. The other direction is never relied on. The
+    /// scanner goes by the lowest 48 bits alone, which is what its records have room for.
     pub hash: u64,
     /// All bytes are zero. Exact, not a guess by the hash.
     pub zero: bool,
+}
+
+impl Digest {
+    /// The part of the hash that records keep and trees are ordered by: 48 bits, the highest of a word,
+    /// since trees are divided by the highest.
+    pub(crate) fn kept(self) -> u64 {
+        self.hash << 16
+    }
 }
 
 /// Something with bytes: a page as it is now, or a frame.

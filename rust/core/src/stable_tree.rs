@@ -703,7 +703,7 @@ impl Scanner {
             space.digest_frames(&frames, &mut digests)?;
             for (frame, digest) in frames.iter().zip(digests) {
                 if let Attempt::Done(digest) = digest {
-                    self.stable.get_mut(frame.0).hash = digest.hash;
+                    self.stable.get_mut(frame.0).hash = digest.kept();
                 }
             }
         }

@@ -70,7 +70,7 @@ impl Scanner {
             {
                 return Ok(UnstableFound::Lost);
             }
-            let key = self.records.get(other).hash;
+            let key = self.records.get(other).hash();
             let side = match self.order(space, tree, this, (Content::Page(other), key))? {
                 None => return Ok(UnstableFound::Lost),
                 Some(Ordering::Equal) => return Ok(UnstableFound::Partner(other)),
@@ -84,7 +84,7 @@ impl Scanner {
         forest.insert(&mut self.records, hash, place, page.0);
         if self.settings.tree_order == TreeOrder::Digest {
             forest.grow(&mut self.records, |records, at| {
-                records.get(PageId(at)).hash
+                records.get(PageId(at)).hash()
             });
         }
         let odd = self.seq % 2 == 1;
@@ -110,7 +110,7 @@ impl Scanner {
     pub(crate) fn leave_unstable(&mut self, page: PageId) {
         if self.in_unstable_tree(page) {
             let tree = self.unstable_tree_of(page);
-            let hash = self.records.get(page).hash;
+            let hash = self.records.get(page).hash();
             let forest = &mut self.trees[tree].unstable;
             forest.remove(&mut self.records, hash, page.0);
         }
@@ -126,7 +126,7 @@ impl Scanner {
         let mut at = self.trees[tree as usize].unstable.root(hash);
         while at != NIL {
             self.work.tree_nodes += 1;
-            at = match hash.cmp(&self.records.get(PageId(at)).hash) {
+            at = match hash.cmp(&self.records.get(PageId(at)).hash()) {
                 Ordering::Less => self.records.child(at, Side::Left),
                 Ordering::Greater => self.records.child(at, Side::Right),
                 Ordering::Equal => {
@@ -177,7 +177,7 @@ impl Scanner {
             let (_, &tree) = in_domain.next().expect("a page in a tree has a tree");
             return tree as usize;
         }
-        let (mut root, hash) = (page.0, self.records.get(page).hash);
+        let (mut root, hash) = (page.0, self.records.get(page).hash());
         while self.records.parent(root) != NIL {
             root = self.records.parent(root);
         }
