@@ -28,7 +28,7 @@
 //! A search compares O(log entries) pages in content order; in digest order only those whose hashes
 //! are equal. Choosing a dup takes O(log dups), however many are full: with `max_page_sharing` 2 and a
 //! million equal pages a walk over them for each page would take minutes (ksmd walks). Only pruning
-//! visits all dups that have room.
+//! visits all dups that have room. A node takes 56 bytes, besides its share of an eighth that may be free.
 //!
 //! # Departures from ksmd
 //! Frames do not migrate, so there is no migrate list. No page belongs to a frame without being
@@ -37,6 +37,7 @@
 use crate::forest::Forest;
 use crate::rbtree::{Links, NIL, Place, Side};
 use crate::rmap::low32;
+use crate::scan::BATCH;
 use crate::scanner::Scanner;
 use crate::{Attempt, Content, FrameId, PageId, PageSpace, Reason, Tick, TreeOrder};
 use std::cmp::{Ordering, Reverse};
@@ -83,7 +84,7 @@ pub(crate) struct StableNode {
     /// Sharers that have not parted as far as is known.
     pub(crate) mapped: u32,
     /// Pages of the running batch that plan to join.
-    pub(crate) pending: u32,
+    pub(crate) pending: u16,
     /// The page that is to become the frame, while it is tentative.
     pub(crate) stand_in: u32,
     /// Which tree it belongs to.
@@ -98,6 +99,15 @@ pub(crate) struct StableNode {
     /// Where it is in its tree was found by comparing bytes that can have changed since.
     pub(crate) doubtful: bool,
 }
+
+const _: () = assert!(
+    size_of::<StableNode>() <= 56,
+    "a frame's node costs at most 56 bytes"
+);
+const _: () = assert!(
+    BATCH + 2 <= u16::MAX as usize,
+    "a whole batch may plan to join one node"
+);
 
 impl StableNode {
     const FREE: Self = Self {
@@ -129,7 +139,7 @@ impl StableNode {
 
     /// Sharers that it has, or will have if all goes well.
     fn sharers(&self) -> u32 {
-        self.len + self.pending
+        self.len + u32::from(self.pending)
     }
 
     /// Whether it may take one more.
@@ -190,7 +200,9 @@ pub(crate) enum Spot {
 #[derive(Clone, Debug)]
 pub(crate) struct StableNodes {
     nodes: Vec<StableNode>,
-    vacant: Vec<u32>,
+    /// The first node that is not in use, and how many are not. Each names the next as a left child.
+    first_vacant: u32,
+    vacant: usize,
     /// Dups that may take one more sharer, and dups whose frames have no page left.
     roomy: BTreeMap<Standing, u32>,
     stale: BTreeMap<Standing, u32>,
@@ -208,7 +220,8 @@ impl StableNodes {
     pub(crate) fn new(max_page_sharing: u32) -> Self {
         Self {
             nodes: Vec::new(),
-            vacant: Vec::new(),
+            first_vacant: NIL,
+            vacant: 0,
             roomy: BTreeMap::new(),
             stale: BTreeMap::new(),
             max: max_page_sharing,
@@ -220,7 +233,7 @@ impl StableNodes {
 
     /// Takes a new limit, while no node is in use.
     pub(crate) fn set_max_page_sharing(&mut self, max: u32) {
-        debug_assert_eq!(self.nodes.len(), self.vacant.len(), "nodes are in use");
+        debug_assert_eq!(self.nodes.len(), self.vacant, "nodes are in use");
         self.max = max;
     }
 
@@ -312,10 +325,15 @@ impl StableNodes {
     }
 
     fn new_node(&mut self, tree: u32, hash: u64, role: Role) -> u32 {
-        let node = self.vacant.pop().unwrap_or_else(|| {
+        let mut node = self.first_vacant;
+        if node == NIL {
+            self.make_room();
             self.nodes.push(StableNode::FREE);
-            low32(self.nodes.len() - 1)
-        });
+            node = low32(self.nodes.len() - 1);
+        } else {
+            self.first_vacant = self.get(node).links[0];
+            self.vacant -= 1;
+        }
         *self.get_mut(node) = StableNode {
             hash,
             tree,
@@ -323,6 +341,14 @@ impl StableNodes {
             ..StableNode::FREE
         };
         node
+    }
+
+    /// Grows by an eighth rather than to the double: room that is not used is most of what a node costs
+    /// else. (A large array is not copied for that: the allocator moves its mapping.)
+    fn make_room(&mut self) {
+        if self.nodes.len() == self.nodes.capacity() {
+            self.nodes.reserve_exact(self.nodes.len() / 8 + 64);
+        }
     }
 
     /// A node whose frame is still to be made, of `page`.
@@ -339,11 +365,14 @@ impl StableNodes {
             !self.get(node).frame,
             "the frame of node {node} has not been released"
         );
-        *self.get_mut(node) = StableNode::FREE;
-        self.vacant.push(node);
-        if self.vacant.len() == self.nodes.len() {
+        let next = std::mem::replace(&mut self.first_vacant, node);
+        let it = self.get_mut(node);
+        *it = StableNode::FREE;
+        it.links[0] = next;
+        self.vacant += 1;
+        if self.vacant == self.nodes.len() {
             // After everything has been un-merged, what it took is given back.
-            (self.nodes, self.vacant) = (Vec::new(), Vec::new());
+            (self.nodes, self.first_vacant, self.vacant) = (Vec::new(), NIL, 0);
         }
     }
 
@@ -493,13 +522,18 @@ impl StableNodes {
     pub(crate) fn bytes(&self) -> usize {
         // Tree maps keep their entries in nodes that are at least about half full.
         self.nodes.capacity() * size_of::<StableNode>()
-            + self.vacant.capacity() * size_of::<u32>()
             + self.notes() * 2 * size_of::<(Standing, u32)>()
     }
 
     /// Numbers not in use, and how many numbers there are.
     pub(crate) fn vacancies(&self) -> (usize, usize) {
-        (self.vacant.len(), self.nodes.len())
+        let mut listed = 0;
+        let mut at = self.first_vacant;
+        while at != NIL && self.get(at).role == Role::Free && listed < self.nodes.len() {
+            listed += 1;
+            at = self.get(at).links[0];
+        }
+        (listed, self.nodes.len())
     }
 }
 

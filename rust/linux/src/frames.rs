@@ -277,6 +277,11 @@ impl FrameStore {
     /// Names a written slot.
     pub(crate) fn bind(&mut self, frame: FrameId, slot: Slot) {
         if self.slots.len() <= frame.index() {
+            if self.slots.capacity() <= frame.index() {
+                // By an eighth, not to the double: see the nodes of the stable trees.
+                let more = frame.index() + 1 - self.slots.len();
+                self.slots.reserve_exact(more + self.slots.len() / 8 + 64);
+            }
             self.slots.resize(frame.index() + 1, NO_SLOT);
         }
         debug_assert_eq!(self.slots[frame.index()], NO_SLOT, "a frame has one slot");

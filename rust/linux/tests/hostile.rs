@@ -89,7 +89,7 @@ fn known(stats: &EngineStats) -> u64 {
     core.pages_shared + core.pages_sharing + core.pages_unshared + core.pages_volatile
 }
 
-/// What the engine takes is what it says, and not more than 20 bytes a page with a record, 80 a frame,
+/// What the engine takes is what it says, and not more than 20 bytes a page with a record, 72 a frame,
 /// and a constant.
 fn assert_memory(stats: &EngineStats, before: i64) {
     // Buffers of a batch, of windows and of reading the list of mappings; the thread's own.
@@ -100,8 +100,7 @@ fn assert_memory(stats: &EngineStats, before: i64) {
         "figure: {real} bytes of heap for {records} records and {frames} frames, {} said",
         stats.metadata_bytes
     );
-    // An array that grows may have twice the room that it needs.
-    let bound = 20 * records + 2 * 80 * frames + CONSTANT;
+    let bound = 20 * records + 72 * frames + CONSTANT;
     assert!(real <= bound, "{real} bytes of {bound}");
     assert!(
         real <= stats.metadata_bytes + CONSTANT,
