@@ -284,19 +284,27 @@ impl LinuxSpace {
             return refuse(into, Reason::Pinned);
         }
         let (now, quiet, page) = (Instant::now(), self.quiet, self.page);
-        let has_room = self.budget.has_room(2);
-        let watches = match self.watches() {
-            Ok(watches) => watches,
-            Err(reason) => return refuse(into, reason),
+        if let Err(reason) = self.watches() {
+            return refuse(into, reason);
+        }
+        let Some(watches) = &mut self.watches else {
+            return;
         };
+        let budget = &mut self.budget;
         let mut unwatched: Option<usize> = None;
-        let begin = |from: usize, to: usize, watches: &mut Watches| {
-            let part = run.part(from * page, (to - from) * page);
+        // Each stretch that is to be watched may become a mapping of its own between two others, so room
+        // is asked for, and taken, stretch by stretch.
+        let mut begin = |from: usize, watches: &mut Watches, into: &mut [PageState]| {
+            if !budget.has_room(2) {
+                return into.fill(PageState::Ineligible(Reason::MappingBudget));
+            }
+            let part = run.part(from * page, into.len() * page);
             // A run that cannot be watched now is asked again in the next pass.
-            u64::from(has_room && watches.begin(part, now).is_ok()) * 2
+            if watches.begin(part, now).is_ok() {
+                budget.used += 2;
+            }
         };
-        let mut added = 0;
-        for (at, state) in into.iter_mut().enumerate() {
+        for at in 0..into.len() {
             let address = run.span().start + at * page;
             let (told, idle) = match watches.look(address, protected, quiet, now) {
                 Quiet::No => (PageState::Ineligible(Reason::NotQuiet), true),
@@ -308,28 +316,19 @@ impl LinuxSpace {
                     (PageState::Ineligible(Reason::NotQuiet), false)
                 }
             };
-            *state = told;
+            into[at] = told;
             match (idle, unwatched) {
                 (true, None) => unwatched = Some(at),
                 (false, Some(from)) => {
-                    added += begin(from, at, watches);
+                    begin(from, watches, &mut into[from..at]);
                     unwatched = None;
                 }
                 _ => {}
             }
         }
         if let Some(from) = unwatched {
-            added += begin(from, into.len(), watches);
+            begin(from, watches, &mut into[from..]);
         }
-        if !has_room {
-            for state in into
-                .iter_mut()
-                .filter(|s| **s == PageState::Ineligible(Reason::NotQuiet))
-            {
-                *state = PageState::Ineligible(Reason::MappingBudget);
-            }
-        }
-        self.budget.used += added;
     }
 
     /// Judges those of the broken pages `from..to` of a window that nothing else speaks against.
