@@ -13,10 +13,17 @@
 //! Four bytes for each part, of which there are at most a quarter as many as there have been nodes at
 //! once. A forest that grows takes each part apart once for every doubling.
 
+use crate::TreeOrder;
 use crate::rbtree::{self, Links, NIL, Place, Side};
 
 /// Nodes for each part, on average, before there are twice as many parts.
 const NODES: usize = 8;
+
+/// Links of nodes that have keys.
+pub(crate) trait Keyed: Links {
+    /// The key of `at`, which stays what it is while `at` is in a tree.
+    fn key(&self, at: u32) -> u64;
+}
 
 #[derive(Clone, Debug)]
 pub(crate) struct Forest {
@@ -59,22 +66,32 @@ impl Forest {
         self.roots.capacity() * size_of::<u32>()
     }
 
-    /// Puts a node where a search for its key has come to an end.
-    pub(crate) fn insert<L: Links>(&mut self, links: &mut L, key: u64, place: Place, node: u32) {
-        let part = self.part(key);
+    /// Puts a node where a search for its key has come to an end. Where nodes are in the order of their
+    /// keys, parts that have become large are divided.
+    pub(crate) fn insert<L: Keyed>(
+        &mut self,
+        links: &mut L,
+        order: TreeOrder,
+        place: Place,
+        node: u32,
+    ) {
+        let part = self.part(links.key(node));
         rbtree::insert(links, &mut self.roots[part], place, node);
         self.len += 1;
+        if order == TreeOrder::Digest && self.len > NODES * self.roots.len() {
+            self.grow(links);
+        }
     }
 
-    pub(crate) fn remove<L: Links>(&mut self, links: &mut L, key: u64, node: u32) {
-        let part = self.part(key);
+    pub(crate) fn remove<L: Keyed>(&mut self, links: &mut L, node: u32) {
+        let part = self.part(links.key(node));
         rbtree::remove(links, &mut self.roots[part], node);
         self.len -= 1;
     }
 
     /// Puts `new`, of the same key, in the place of `old`.
-    pub(crate) fn replace<L: Links>(&mut self, links: &mut L, key: u64, old: u32, new: u32) {
-        let part = self.part(key);
+    pub(crate) fn replace<L: Keyed>(&mut self, links: &mut L, old: u32, new: u32) {
+        let part = self.part(links.key(old));
         rbtree::replace(links, &mut self.roots[part], old, new);
     }
 
@@ -89,11 +106,8 @@ impl Forest {
         *self = Self::default();
     }
 
-    /// Divides the parts if they have become large. Only where nodes are in the order of their keys.
-    pub(crate) fn grow<L: Links>(&mut self, links: &mut L, key: impl Fn(&L, u32) -> u64) {
-        if self.len <= NODES * self.roots.len() {
-            return;
-        }
+    /// Divides each part into two.
+    fn grow<L: Keyed>(&mut self, links: &mut L) {
         let parts = 2 * self.roots.len();
         let old = std::mem::replace(&mut self.roots, vec![NIL; parts]);
         let (mut nodes, mut above) = (Vec::new(), Vec::new());
@@ -112,7 +126,7 @@ impl Forest {
             let mut last = NIL;
             let mut part = usize::MAX;
             for node in nodes.drain(..) {
-                let of = self.part(key(links, node));
+                let of = self.part(links.key(node));
                 let parent = if of == part { last } else { NIL };
                 let side = if parent == NIL {
                     Side::Left
@@ -125,6 +139,25 @@ impl Forest {
             }
         }
     }
+}
+
+/// Goes the ways of searches by key, a step of each at a time: of each, the key, and where it stands.
+///
+/// What lies on these ways is in no cache, as a rule. One search after the other waits for each step;
+/// side by side their waits are one.
+pub(crate) fn go_side_by_side<L: Keyed>(links: &L, ways: &mut [(u64, u32)]) {
+    let mut steps = true;
+    while std::mem::take(&mut steps) {
+        for (key, at) in &mut *ways {
+            if *at != NIL {
+                let side = Side::of(Ord::cmp(key, &links.key(*at)));
+                *at = side.map_or(NIL, |side| links.child(*at, side));
+                steps |= *at != NIL;
+            }
+        }
+    }
+    // So that it is not left out.
+    std::hint::black_box(ways);
 }
 
 #[cfg(test)]
@@ -159,6 +192,12 @@ mod tests {
         }
         fn set_red(&mut self, at: u32, red: bool) {
             self.0[at as usize].red = red;
+        }
+    }
+
+    impl Keyed for Nodes {
+        fn key(&self, at: u32) -> u64 {
+            self.0[at as usize].key
         }
     }
 
@@ -201,12 +240,11 @@ mod tests {
                 place = Place { parent: at, side };
                 at = nodes.child(at, side);
             }
-            forest.insert(&mut nodes, key, place, node);
-            forest.grow(&mut nodes, |nodes, at| nodes.0[at as usize].key);
+            forest.insert(&mut nodes, TreeOrder::Digest, place, node);
             expected.push((key, node));
             if round % 3 == 0 {
-                let (key, gone) = expected.swap_remove(round as usize * 7919 % expected.len());
-                forest.remove(&mut nodes, key, gone);
+                let (_, gone) = expected.swap_remove(round as usize * 7919 % expected.len());
+                forest.remove(&mut nodes, gone);
             }
             if round % 50 == 0 || round > 3990 {
                 expected.sort_unstable();

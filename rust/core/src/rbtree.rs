@@ -16,6 +16,8 @@
 //! # Cost
 //! `insert` and `remove` touch O(log n) nodes, `replace` at most four. Nothing is allocated.
 
+use std::cmp::Ordering;
+
 /// No node.
 pub const NIL: u32 = u32::MAX;
 
@@ -31,6 +33,16 @@ pub enum Side {
 use Side::{Left, Right};
 
 impl Side {
+    /// The side on which to look for what compares like this with a node; `None` if it is that node.
+    #[must_use]
+    pub fn of(order: Ordering) -> Option<Self> {
+        match order {
+            Ordering::Less => Some(Left),
+            Ordering::Equal => None,
+            Ordering::Greater => Some(Right),
+        }
+    }
+
     /// The other one.
     #[must_use]
     pub fn other(self) -> Self {

@@ -31,6 +31,7 @@
 //! each.
 
 use crate::PageId;
+use crate::forest::Keyed;
 use crate::rbtree::{Links, NIL, Side};
 #[cfg(doc)]
 use crate::{Digest, smart_scan};
@@ -522,6 +523,12 @@ fn low16(place: usize) -> u16 {
 /// A count that is known to fit, because page numbers have 32 bits.
 pub(crate) fn low32(n: usize) -> u32 {
     u32::try_from(n).expect("no count of pages exceeds the page numbers")
+}
+
+impl Keyed for Records {
+    fn key(&self, at: u32) -> u64 {
+        self.get(PageId(at)).hash()
+    }
 }
 
 /// While `UNSTABLE`, records are the nodes of a tree.

@@ -50,13 +50,14 @@
 //! * No page is refused for belonging to the same huge page as its twin: memory splits those.
 //! * When the last region goes in mid-scan, that scan is void: it is not counted.
 
-use crate::rbtree::{Links, NIL, Side};
+use crate::forest::{Forest, go_side_by_side};
+use crate::rbtree::NIL;
 use crate::regions::{Life, RING, Region};
 use crate::rmap::{
     ATTACHED, BROKEN, COUNTED_EVEN, COUNTED_ODD, EXISTS, HASHED, RECHECK, RmapItem, UNSTABLE, ZERO,
     low32,
 };
-use crate::scanner::{RunMode, Scanner, StepReport};
+use crate::scanner::{RunMode, Scanner, StepReport, TreePair};
 use crate::smart_scan;
 use crate::stable_tree::{Spot, StableFound};
 use crate::unstable_tree::UnstableFound;
@@ -64,7 +65,6 @@ use crate::{
     AdvisorMode, Attempt, Clock, Content, Digest, Event, FrameId, Look, Nid, PageId, PageSpace,
     PageState, Reason, RegionId, Request, TreeOrder, Window, Written,
 };
-use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -217,7 +217,7 @@ pub(crate) struct Batch {
     frames: Vec<FrameId>,
     states: Vec<PageState>,
     /// Where searches side by side have come to.
-    ways: Vec<u32>,
+    ways: Vec<(u64, u32)>,
 }
 
 impl Batch {
@@ -236,7 +236,7 @@ impl Batch {
             + self.made.capacity() * size_of::<Made>()
             + self.frames.capacity() * size_of::<FrameId>()
             + self.states.capacity() * size_of::<PageState>()
-            + self.ways.capacity() * size_of::<u32>()
+            + self.ways.capacity() * size_of::<(u64, u32)>()
     }
 }
 
@@ -999,57 +999,25 @@ impl Scanner {
         done
     }
 
-    /// Goes the ways that the searches for all candidates are going to go, a step of each at a time.
-    ///
-    /// What lies on these ways is in no cache, as a rule. One search after the other waits for each step;
-    /// side by side their waits are one.
+    /// Goes the ways that the searches for all candidates are going to go, so that those find them in
+    /// the cache.
     fn warm_up(&mut self, candidates: &[Candidate]) {
         if candidates.len() < SIDE_BY_SIDE || self.settings.tree_order == TreeOrder::Content {
             return;
         }
-        let mut ways = std::mem::take(&mut self.batch.ways);
-        for stable in [true, false] {
+        let trees = &self.trees;
+        let begin = |ways: &mut Vec<(u64, u32)>, which: fn(&TreePair) -> &Forest| {
             ways.clear();
             ways.extend(candidates.iter().map(|it| {
-                let trees = &self.trees[it.tree as usize];
-                let tree = if stable {
-                    &trees.stable
-                } else {
-                    &trees.unstable
-                };
-                tree.root(it.hash)
+                let tree = which(&trees[it.tree as usize]);
+                (it.hash, tree.root(it.hash))
             }));
-            let mut steps = true;
-            while std::mem::take(&mut steps) {
-                for (it, at) in candidates.iter().zip(&mut ways) {
-                    if *at == NIL {
-                        continue;
-                    }
-                    let key = if stable {
-                        self.stable.get(*at).hash
-                    } else {
-                        self.records.get(PageId(*at)).hash()
-                    };
-                    let side = match it.hash.cmp(&key) {
-                        Ordering::Less => Side::Left,
-                        Ordering::Greater => Side::Right,
-                        Ordering::Equal => {
-                            *at = NIL;
-                            continue;
-                        }
-                    };
-                    *at = if stable {
-                        self.stable.child(*at, side)
-                    } else {
-                        self.records.child(*at, side)
-                    };
-                    steps = true;
-                }
-            }
-        }
-        // So that it is not left out.
-        std::hint::black_box(&ways);
-        self.batch.ways = ways;
+        };
+        let ways = &mut self.batch.ways;
+        begin(ways, |trees| &trees.stable);
+        go_side_by_side(&self.stable, ways);
+        begin(ways, |trees| &trees.unstable);
+        go_side_by_side(&self.records, ways);
     }
 
     /// Hashes candidates where needed, and keeps those of them that are calm.

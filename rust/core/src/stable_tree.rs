@@ -34,13 +34,13 @@
 //! Frames do not migrate, so there is no migrate list. No page belongs to a frame without being
 //! recorded as its sharer, so no node goes over the limit.
 
-use crate::forest::Forest;
+use crate::forest::{Forest, Keyed};
 use crate::rbtree::{Links, NIL, Place, Side};
 use crate::rmap::low32;
 use crate::scan::BATCH;
 use crate::scanner::Scanner;
 use crate::{Attempt, Content, FrameId, PageId, PageSpace, Reason, Tick, TreeOrder};
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 /// What a node is at present.
@@ -377,12 +377,17 @@ impl StableNodes {
     }
 
     /// Hangs a loose node in at a spot that a search has just found.
-    pub(crate) fn link(&mut self, tree: &mut Forest, spot: Spot, node: u32, now: Tick) {
+    pub(crate) fn link(
+        &mut self,
+        (tree, order): (&mut Forest, TreeOrder),
+        spot: Spot,
+        node: u32,
+        now: Tick,
+    ) {
         match spot {
             Spot::Vacant(place) => {
                 self.get_mut(node).role = Role::Plain;
-                let key = self.get(node).hash;
-                tree.insert(self, key, place, node);
+                tree.insert(self, order, place, node);
             }
             Spot::Beside(top) => {
                 let chain = if self.get(top).role == Role::Chain {
@@ -400,7 +405,7 @@ impl StableNodes {
         let it = *self.get(plain);
         let chain = self.new_node(it.tree, it.hash, Role::Chain);
         self.get_mut(chain).stamp = now.0;
-        tree.replace(self, it.hash, plain, chain);
+        tree.replace(self, plain, chain);
         self.chains += 1;
         self.push_dup(chain, plain);
         chain
@@ -445,8 +450,7 @@ impl StableNodes {
         match self.get(node).role {
             Role::Dup => self.take_dup(node),
             Role::Plain => {
-                let key = self.get(node).hash;
-                tree.remove(self, key, node);
+                tree.remove(self, node);
                 self.get_mut(node).role = Role::Loose;
             }
             Role::Chain | Role::Loose | Role::Free => {}
@@ -456,8 +460,7 @@ impl StableNodes {
     /// Takes an empty chain out of its tree.
     pub(crate) fn remove_chain(&mut self, tree: &mut Forest, chain: u32) {
         debug_assert_eq!(self.get(chain).len, 0, "chain {chain} still has dups");
-        let key = self.get(chain).hash;
-        tree.remove(self, key, chain);
+        tree.remove(self, chain);
         self.chains -= 1;
         self.free(chain);
     }
@@ -466,8 +469,7 @@ impl StableNodes {
     pub(crate) fn dissolve(&mut self, tree: &mut Forest, chain: u32) -> u32 {
         let only = self.get(chain).head;
         self.take_dup(only);
-        let key = self.get(chain).hash;
-        tree.replace(self, key, chain, only);
+        tree.replace(self, chain, only);
         self.get_mut(only).role = Role::Plain;
         self.chains -= 1;
         self.free(chain);
@@ -534,6 +536,12 @@ impl StableNodes {
             at = self.get(at).links[0];
         }
         (listed, self.nodes.len())
+    }
+}
+
+impl Keyed for StableNodes {
+    fn key(&self, at: u32) -> u64 {
+        self.get(at).hash
     }
 }
 
@@ -674,19 +682,15 @@ impl Scanner {
                 let key = self.stable.get(node).hash;
                 let content = self.stable.content(node);
                 tied |= hash == key;
-                let side = match self.order(space, tree, (wanted, hash), (content, key))? {
-                    None => return Ok(StableFound::Lost),
-                    Some(Ordering::Equal) if self.has_room(node) => {
+                let Some(order) = self.order(space, tree, (wanted, hash), (content, key))? else {
+                    return Ok(StableFound::Lost);
+                };
+                let Some(side) = Side::of(order) else {
+                    if self.has_room(node) {
                         return Ok(StableFound::Room { top, node });
                     }
-                    Some(Ordering::Equal) => {
-                        return Ok(StableFound::No {
-                            spot: Spot::Beside(top),
-                            tied,
-                        });
-                    }
-                    Some(Ordering::Less) => Side::Left,
-                    Some(Ordering::Greater) => Side::Right,
+                    let spot = Spot::Beside(top);
+                    return Ok(StableFound::No { spot, tied });
                 };
                 place = Place { parent: top, side };
                 at = self.stable.child(top, side);
@@ -756,10 +760,8 @@ impl Scanner {
     pub(crate) fn link_node(&mut self, node: u32, spot: Spot) {
         let tree = self.stable.get(node).tree as usize;
         let tree = &mut self.trees[tree].stable;
+        let tree = (tree, self.settings.tree_order);
         self.stable.link(tree, spot, node, self.now);
-        if self.settings.tree_order == TreeOrder::Digest {
-            tree.grow(&mut self.stable, |nodes, at| nodes.get(at).hash);
-        }
     }
 
     /// Takes a node whose frame came to nothing out again, as if it had never been in.

@@ -28,12 +28,12 @@
 //! # Departures from ksmd
 //! Pages shared by a fork are not met here: the memory side reports them as not eligible.
 
+use crate::forest::Keyed;
 use crate::rbtree::{Links, NIL, Place, Side};
 use crate::regions::Life;
 use crate::rmap::{HASHED, ODD_SCAN, UNSTABLE};
 use crate::scanner::Scanner;
-use crate::{Content, PageId, PageSpace, TreeOrder};
-use std::cmp::Ordering;
+use crate::{Content, PageId, PageSpace};
 
 /// Clashes remembered one by one. A writer who rewrites each page between its hashing and its
 /// comparison could make as many as there are pages; beyond this, all candidates are recalled.
@@ -71,22 +71,18 @@ impl Scanner {
                 return Ok(UnstableFound::Lost);
             }
             let key = self.records.get(other).hash();
-            let side = match self.order(space, tree, this, (Content::Page(other), key))? {
-                None => return Ok(UnstableFound::Lost),
-                Some(Ordering::Equal) => return Ok(UnstableFound::Partner(other)),
-                Some(Ordering::Less) => Side::Left,
-                Some(Ordering::Greater) => Side::Right,
+            let Some(order) = self.order(space, tree, this, (Content::Page(other), key))? else {
+                return Ok(UnstableFound::Lost);
+            };
+            let Some(side) = Side::of(order) else {
+                return Ok(UnstableFound::Partner(other));
             };
             place = Place { parent: at, side };
             at = self.records.child(at, side);
         }
         let forest = &mut self.trees[tree as usize].unstable;
-        forest.insert(&mut self.records, hash, place, page.0);
-        if self.settings.tree_order == TreeOrder::Digest {
-            forest.grow(&mut self.records, |records, at| {
-                records.get(PageId(at)).hash()
-            });
-        }
+        let order = self.settings.tree_order;
+        forest.insert(&mut self.records, order, place, page.0);
         let odd = self.seq % 2 == 1;
         let item = self.records.get_mut(page);
         item.set(UNSTABLE);
@@ -110,9 +106,8 @@ impl Scanner {
     pub(crate) fn leave_unstable(&mut self, page: PageId) {
         if self.in_unstable_tree(page) {
             let tree = self.unstable_tree_of(page);
-            let hash = self.records.get(page).hash();
             let forest = &mut self.trees[tree].unstable;
-            forest.remove(&mut self.records, hash, page.0);
+            forest.remove(&mut self.records, page.0);
         }
         self.records.get_mut(page).clear(UNSTABLE | ODD_SCAN);
         self.counters.unshared -= 1;
@@ -126,13 +121,11 @@ impl Scanner {
         let mut at = self.trees[tree as usize].unstable.root(hash);
         while at != NIL {
             self.work.tree_nodes += 1;
-            at = match hash.cmp(&self.records.get(PageId(at)).hash()) {
-                Ordering::Less => self.records.child(at, Side::Left),
-                Ordering::Greater => self.records.child(at, Side::Right),
-                Ordering::Equal => {
-                    self.leave_unstable(PageId(at));
-                    self.trees[tree as usize].unstable.root(hash)
-                }
+            at = if let Some(side) = Side::of(hash.cmp(&self.records.key(at))) {
+                self.records.child(at, side)
+            } else {
+                self.leave_unstable(PageId(at));
+                self.trees[tree as usize].unstable.root(hash)
             };
         }
     }
