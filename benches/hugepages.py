@@ -13,7 +13,6 @@ tells what splitting costs the program itself.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ import machine
 import rivals
 from machine import Child, FullSpeed
 from memory import HUGE, Case
-from rivals import table
+from rivals import publish, table
 
 Result = dict[str, Any]
 
@@ -106,10 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     found = measure(options.mib, options.repeat)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    for piece in report(found):
-        print(piece)
+    publish(found, report(found), options.json)
 
 
 if __name__ == "__main__":

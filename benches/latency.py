@@ -35,7 +35,7 @@ from typing import Any
 
 import machine
 from machine import FullSpeed
-from rivals import table
+from rivals import publish, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAUSES = (10, 30, 100, 300, 1000, 10_000)
@@ -250,10 +250,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     found = measure(options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    for piece in report(found):
-        print(piece)
+    publish(found, report(found), options.json)
 
 
 if __name__ == "__main__":

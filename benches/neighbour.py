@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 import machine
 from machine import Child, FullSpeed, ksm_kernel, ksmd_cpu
-from rivals import spread, table
+from rivals import publish, spread, table
 
 CASE = "runs16"
 Result = dict[str, Any]
@@ -178,10 +177,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     found = measure(options.mib, options.seconds, options.repeat)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    for piece in report(found):
-        print(piece)
+    publish(found, report(found), options.json)
 
 
 if __name__ == "__main__":

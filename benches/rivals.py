@@ -62,7 +62,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -495,6 +495,17 @@ def targets(measured: Result) -> str:
     return table(["asked for", "least", "found", "", "reached"], lines)
 
 
+def publish(measured: Result, pieces: Iterable[str], into: Path | None) -> None:
+    """Writes every figure to a file, if there is to be one, and prints the report.
+
+    The file comes first: a report that fails must not cost what took so long to measure.
+    """
+    if into:
+        into.write_text(json.dumps(measured, indent=1) + "\n")
+    for piece in pieces:
+        print(piece)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure pagemerge beside the kernel's ksmd and a dict of hashes.",
@@ -528,10 +539,7 @@ def main() -> None:
             options.seed,
             say,
         )
-    if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n")
-    for piece in report(measured):
-        print(piece)
+    publish(measured, report(measured), options.json)
     if options.plot:
         import plot
 

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import rivals
 from machine import Child
 from memory import CASES, PAGE
-from rivals import table
+from rivals import publish, table
 
 CASES_HERE = ("scattered", "runs512", "unique")
 SPARSE_MIB = 16 << 10
@@ -119,10 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure([int(mib) for mib in options.mib.split(",")], options.cases.split(","))
     found["page_size"] = PAGE
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    for piece in report(found):
-        print(piece)
+    publish(found, report(found), options.json)
 
 
 if __name__ == "__main__":
