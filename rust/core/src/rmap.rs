@@ -27,7 +27,7 @@
 //! # Cost
 //! Access is three array look-ups (in a list, a binary search besides). Going over all records costs by
 //! the chunks that are there, and one look for each 128 MiB. Freeing empty chunks reads only chunks that
-//! lost a record. A lone record takes 128 bytes, besides 1 KiB for the 128 MiB around it; many take 20
+//! lost a record. A lone record takes 56 bytes, besides 1 KiB for the 128 MiB around it; many take 20
 //! each.
 
 use crate::PageId;
@@ -267,7 +267,8 @@ impl Chunk {
             }
             Self::None => {
                 *self = Self::Few(Box::new(Few {
-                    items: Vec::new(),
+                    // Mostly all of a chunk's pages follow, or none.
+                    items: Vec::with_capacity(1),
                     lost_one: false,
                 }));
             }
