@@ -210,6 +210,7 @@ def test_discard_of_locked_pages(engine: Engine) -> None:
         ("remerge", "sometimes", ValueError),
         ("quiet_millisecs", 0, ValueError),
         ("max_pause_micros", 0, ValueError),
+        ("thp_min_duplicates", 0, ValueError),
         ("reserved_mappings", -1, ValueError),
         ("threads", 0, ValueError),
         ("zero_only", "yes", TypeError),

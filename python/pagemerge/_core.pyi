@@ -93,6 +93,10 @@ class Engine:
             (100). At least 1.
         reserved_mappings: Mappings of ``vm.max_map_count`` that are left to the program; None keeps
             a tenth, at least 1,000.
+        thp_min_duplicates: Pages of one transparent huge page that would have to merge before it is
+            split for them (32). 1 splits it for the first, as the kernel does. More than it has
+            pages (512 of them on most machines) never does, and leaves huge pages alone altogether:
+            otherwise what is written to them splits them, too, once it is tracked. At least 1.
         threads: Threads that hash pages in large batches (1). Merging itself is done by one thread:
             the kernel's lock on mappings lets no second one gain anything.
 
@@ -135,6 +139,7 @@ class Engine:
         quiet_millisecs: int = ...,
         max_pause_micros: int = ...,
         reserved_mappings: int | None = ...,
+        thp_min_duplicates: int = ...,
         threads: int = ...,
     ) -> Engine: ...
     def register(self, buffer: _Buffer, domain: str = "") -> Region:
@@ -362,6 +367,7 @@ class Settings:
     quiet_millisecs: int
     max_pause_micros: int
     reserved_mappings: int | None
+    thp_min_duplicates: int
     threads: int
 
     def as_dict(self) -> dict[str, Any]:

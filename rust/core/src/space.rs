@@ -234,6 +234,9 @@ reasons! {
     ProcUnreadable = "proc_unreadable",
     /// Set aside by the caller.
     Excluded = "excluded",
+    /// Part of a huge page that too few pages of would merge to be worth splitting
+    /// (`thp_min_duplicates`), or a twin of nothing else.
+    HugePage = "huge_page",
     /// Not attempted, because the space failed before its turn.
     NotTried = "not_tried",
     /// The kernel refused for a reason that is not in this list.

@@ -78,6 +78,10 @@ pub struct EngineSettings {
     /// Mappings of `vm.max_map_count` that are left to the program; `None` keeps a tenth, at least
     /// 1,000.
     pub reserved_mappings: Option<u64>,
+    /// Pages of one transparent huge page that would have to merge before it is split for them (512 of
+    /// 4 KiB each on most machines). 1 splits it for the first, as the kernel does; more than it has
+    /// pages, never, and whole huge pages are left alone. At least 1.
+    pub thp_min_duplicates: u32,
     /// Threads that hash pages in large batches. The merging itself is done by one: the kernel's
     /// mapping lock lets no second one gain anything. At least 1.
     pub threads: u32,
@@ -92,6 +96,7 @@ impl Default for EngineSettings {
             quiet_millisecs: 1000,
             max_pause_micros: 100,
             reserved_mappings: None,
+            thp_min_duplicates: 32,
             threads: 1,
         }
     }
@@ -104,6 +109,7 @@ impl EngineSettings {
         Self {
             scan: Settings::kernel_defaults(),
             remerge: Remerge::Always,
+            thp_min_duplicates: 1,
             ..Self::default()
         }
     }
@@ -117,6 +123,7 @@ impl EngineSettings {
         for (name, value) in [
             ("quiet_millisecs", self.quiet_millisecs),
             ("max_pause_micros", self.max_pause_micros),
+            ("thp_min_duplicates", self.thp_min_duplicates),
             ("threads", self.threads),
         ] {
             if value == 0 {

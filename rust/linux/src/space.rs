@@ -6,7 +6,8 @@
 //!
 //! # The rooms
 //! Regions, and the trait, are here; [`observe`] tells what pages are, [`merge`] and [`unshare`] carry
-//! requests out, [`aside`] knows what is left alone, [`budget`] counts mappings.
+//! requests out, [`aside`] knows what is left alone, [`huge`] what is worth splitting, [`budget`] counts
+//! mappings.
 //!
 //! # What is remembered of a page
 //! One bit: whether a frame was mapped over it (`mapped`), so that what lies there now is a private
@@ -37,6 +38,7 @@
 
 mod aside;
 mod budget;
+mod huge;
 mod merge;
 mod observe;
 mod quick;
@@ -64,6 +66,7 @@ use crate::watch::Watches;
 use crate::window::{MAX_PAGES, Windows, mapped_over};
 use aside::Ranges;
 use budget::Budget;
+use huge::Huge;
 use pagemerge_core::{
     Attempt, Content, Digest, FrameId, Look, Nid, PageId, PageSpace, PageState, Reason, RegionId,
     Registered, Request, SettingError, TreeOrder, Window,
@@ -88,6 +91,7 @@ const HEADROOM_FRESH: Duration = Duration::from_millis(50);
 const STATE: Categories = Categories::PRESENT
     .and(Categories::SWAPPED)
     .and(Categories::FILE)
+    .and(Categories::HUGE)
     .and(Categories::ZERO_PAGE)
     .and(Categories::WRITTEN)
     .and(Categories::WP_ALLOWED);
@@ -123,6 +127,8 @@ struct Region {
     own: Bitmap,
     zero: Bitmap,
     written: Bitmap,
+    /// Which huge pages were whole at the last look, by their numbers (see [`huge`]).
+    whole: Bitmap,
     /// Pages that hold, or held, a thread's own data: (page of the region, why). They stay so:
     /// thread stacks are used again, and a page that came back would have lost its written bit.
     records: Vec<(usize, Reason)>,
@@ -199,8 +205,10 @@ pub(crate) struct LinuxSpace {
     /// The mapping that was found readable last, while a batch is decided on: until the next look or
     /// window.
     readable: Span,
+    huge: Huge,
     /// Room for what the kernel tells.
     told_written: Vec<(usize, usize)>,
+    told_huge: Vec<(usize, usize)>,
 }
 
 impl LinuxSpace {
@@ -280,7 +288,13 @@ impl LinuxSpace {
             scanned: vec![PageRegion::EMPTY; MAX_PAGES],
             quick: Quick::new(moves && tracking && can.pagemap_scan && by_digest(settings)),
             readable: Span::default(),
+            huge: {
+                let mut huge = Huge::new(page, can.pagemap_scan);
+                huge.set(settings.thp_min_duplicates, settings.scan.smart_scan);
+                huge
+            },
             told_written: Vec::new(),
+            told_huge: Vec::new(),
         })
     }
 
@@ -327,6 +341,7 @@ impl LinuxSpace {
         self.max_pause_micros = new.max_pause_micros;
         self.threads = new.threads as usize;
         self.budget.reserve(new.reserved_mappings);
+        self.huge.set(new.thp_min_duplicates, new.scan.smart_scan);
     }
 
     /// What is looked at once for each full pass.
@@ -339,6 +354,7 @@ impl LinuxSpace {
         self.budget.doubt();
         let pages = self.regions.values().map(Region::pages).sum();
         self.quick.begin_pass(pages);
+        self.huge.begin_pass();
         self.pinned = None;
         self.surveyed_in_pass = false;
         // What cannot be looked at may be there: a process that changes its root directory loses sight
@@ -423,6 +439,11 @@ impl LinuxSpace {
             own: Bitmap::new(live.span().pages()),
             zero: Bitmap::new(live.span().pages()),
             written: Bitmap::new(live.span().pages()),
+            whole: Bitmap::new(Region::blocks(
+                live.span().start / self.page,
+                live.span().pages(),
+                self.huge.pages,
+            )),
             records: Vec::new(),
             aside: Ranges::default(),
             tracked: false,
@@ -772,12 +793,18 @@ impl LinuxSpace {
             .regions
             .values()
             .map(|region| {
-                let bits = [&region.mapped, &region.own, &region.zero, &region.written];
+                let bits = [
+                    &region.mapped,
+                    &region.own,
+                    &region.zero,
+                    &region.written,
+                    &region.whole,
+                ];
                 bits.map(Bitmap::bytes).iter().sum::<usize>() + region.aside.bytes()
             })
             .sum();
         self.frames.metadata_bytes()
-            + bitmaps as u64
+            + (bitmaps + self.huge.bytes()) as u64
             + self.watches.as_ref().map_or(0, Watches::metadata_bytes)
     }
 
@@ -1158,6 +1185,7 @@ impl PageSpace for LinuxSpace {
         self.unshare(requests, outcomes);
         self.refuse_left_alone(requests, outcomes);
         self.refuse_swapped(requests, outcomes);
+        self.refuse_in_huge_pages(requests, outcomes);
         self.look_at_headroom();
         let promotions = self.prepare_promotions(requests, outcomes)?;
         let slots: Vec<(usize, Slot)> = promotions

@@ -294,5 +294,6 @@ table! {
     quiet_millisecs, set_quiet_millisecs, quiet_millisecs, u32;
     max_pause_micros, set_max_pause_micros, max_pause_micros, u32;
     reserved_mappings, set_reserved_mappings, reserved_mappings, Option<u64>;
+    thp_min_duplicates, set_thp_min_duplicates, thp_min_duplicates, u32;
     threads, set_threads, threads, u32;
 }

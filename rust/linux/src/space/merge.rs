@@ -39,7 +39,7 @@ pub(super) struct Ticket {
 }
 
 /// Whether nothing has been said yet about a request.
-fn untried(outcome: Attempt<()>) -> bool {
+pub(super) fn untried(outcome: Attempt<()>) -> bool {
     outcome == Attempt::Refused(Reason::NotTried)
 }
 
@@ -405,11 +405,18 @@ impl LinuxSpace {
             });
         }
         let mut written = written.into_iter().peekable();
+        // Where a huge page was protected as a whole, the kernel has told of some of its pages already,
+        // and does not do so again.
+        let told = |page: PageId| {
+            let found = self.region_of(page);
+            found.is_some_and(|(region, at)| region.written.get(at))
+        };
+        let told: Vec<bool> = items.iter().map(|item| told(item.ticket.page)).collect();
         let mut kept = Vec::with_capacity(items.len());
-        for mut item in items {
+        for (mut item, told) in items.into_iter().zip(told) {
             let span = at(&item);
             while written.next_if(|w| w.end() <= span.start).is_some() {}
-            if written.peek().is_some_and(|w| w.overlaps(span)) {
+            if told || written.peek().is_some_and(|w| w.overlaps(span)) {
                 item.job.verdict = Verdict::Differs;
                 self.finish(&item.ticket, &item.job, None, outcomes);
             } else {

@@ -8,7 +8,7 @@ use crate::sys::Span;
 use crate::sys::live::Live;
 use crate::sys::pagemap::{Categories, Entry, Query, ScanStop};
 use crate::watch::{Quiet, Watches};
-use pagemerge_core::{Look, PageId, PageState, Reason, Window, Written};
+use pagemerge_core::{Look, PageId, PageState, Reason, RegionId, Window, Written};
 use std::time::Instant;
 
 impl LinuxSpace {
@@ -139,15 +139,21 @@ impl LinuxSpace {
             return Ok(());
         };
         let (live, tracked) = (region.live, region.tracked);
-        let left_alone = region.left_alone((from, to), page);
+        let mut left_alone = region.left_alone((from, to), page);
         let mapped: Vec<bool> = (from..to).map(|at| region.mapped.get(at)).collect();
         let live = live.part(from * page, (to - from) * page);
         let arm = tracked && look == Look::Scan;
         let broken = self.look(live, arm, &|at| mapped[at], into)?;
+        self.note_huge(window.region, (from, to));
+        if self.huge.never() {
+            let whole = self.told_huge.iter();
+            let whole = whole.map(|&(first, end)| (first, end - first, Reason::HugePage));
+            left_alone.splice(..0, whole);
+        }
         for (at, pages) in aside::tell(&left_alone, into) {
             if arm {
-                let part = live.part(at * page, pages * page);
-                self.take_written(part.span(), &mut into[at..at + pages])?;
+                let part = (from + at, from + at + pages);
+                self.take_written(window.region, part, &mut into[at..at + pages])?;
             }
         }
         if look == Look::Scan {
@@ -181,6 +187,8 @@ impl LinuxSpace {
             };
         }
         let mut broken: Vec<(usize, usize, bool)> = Vec::new();
+        let mut huge = std::mem::take(&mut self.told_huge);
+        huge.clear();
         let here = Categories::PRESENT.and(Categories::SWAPPED);
         let told = if self.tells_guards {
             STATE.and(Categories::GUARD)
@@ -194,6 +202,9 @@ impl LinuxSpace {
         self.scan(live.span(), &query, |first, pages, seen| {
             let present = seen.has(Categories::PRESENT);
             let file = seen.has(Categories::FILE);
+            if seen.has(Categories::HUGE) {
+                huge.push((first, first + pages));
+            }
             let ordinary = if seen.has(Categories::GUARD) {
                 PageState::Ineligible(Reason::Guard)
             } else if !present {
@@ -230,6 +241,7 @@ impl LinuxSpace {
                 };
             }
         })?;
+        self.told_huge = huge;
         Ok(broken)
     }
 
@@ -249,18 +261,44 @@ impl LinuxSpace {
 
     /// Takes the written bits of tracked pages and protects them again, each in one moment, so that
     /// a write is seen now or next time. It must have the last word over [`look`](Self::look).
-    pub(super) fn take_written(&mut self, span: Span, into: &mut [PageState]) -> Result<(), Error> {
+    ///
+    /// Huge pages are protected as a whole, and what the kernel says of pages beyond `from..to` is kept for
+    /// the look at them.
+    pub(super) fn take_written(
+        &mut self,
+        id: RegionId,
+        (from, to): (usize, usize),
+        into: &mut [PageState],
+    ) -> Result<(), Error> {
+        let (page, huge) = (self.page, self.huge.pages);
+        let Some(region) = self.region_mut(id) else {
+            return Ok(());
+        };
+        let (first, end) = region.widened((from, to), page, huge);
+        let span = region.live.part(first * page, (end - first) * page).span();
+        let mut beyond = std::mem::take(&mut self.told_written);
+        beyond.clear();
         let query = Query {
             must_be_tracked: false,
             ..Query::written_and_protect(Categories::WRITTEN.and(Categories::PRESENT))
         };
-        self.scan(span, &query, |first, pages, _| {
-            for state in &mut into[first..first + pages] {
+        let asked = self.scan(span, &query, |at, pages, _| {
+            let (begin, end) = (first + at, first + at + pages);
+            for page in begin.max(from)..end.min(to) {
+                let state = &mut into[page - from];
                 if *state == PageState::Resident(Written::No) {
                     *state = PageState::Resident(Written::Yes);
                 }
             }
-        })
+            for (begin, end) in [(begin, end.min(from)), (begin.max(to), end)] {
+                if begin < end {
+                    beyond.push((begin, end));
+                }
+            }
+        });
+        self.note_written(id, &beyond);
+        self.told_written = beyond;
+        asked
     }
 
     /// Whether pages that were written after merging (or, on a kernel that cannot move pages, any

@@ -396,6 +396,7 @@ impl LinuxSpace {
             return Ok(());
         }
         self.quick.fetched = None;
+        let (page, huge) = (self.page, self.huge.pages);
         let Some(region) = self.region_mut(id) else {
             return Ok(());
         };
@@ -427,7 +428,17 @@ impl LinuxSpace {
             all_of: Categories::WRITTEN,
             ..Query::written_and_protect(Categories::WRITTEN)
         };
-        let page = self.page;
+        for stretch in &mut stretches {
+            *stretch = region.widened(*stretch, page, huge);
+            end = end.max(stretch.1);
+        }
+        stretches.dedup_by(|next, last| {
+            let joined = next.0 <= last.1;
+            if joined {
+                last.1 = last.1.max(next.1);
+            }
+            joined
+        });
         for (first, last) in stretches {
             let span = live.part(first * page, (last - first) * page).span();
             let mut written = std::mem::take(&mut self.told_written);
@@ -435,13 +446,7 @@ impl LinuxSpace {
             let asked = self.scan(span, &query, |at, pages, _| {
                 written.push((first + at, first + at + pages));
             });
-            if let Some(region) = self.region_mut(id) {
-                for &(first, last) in &written {
-                    for page in first..last {
-                        region.written.set(page, true);
-                    }
-                }
-            }
+            self.note_written(id, &written);
             self.told_written = written;
             asked?;
         }
@@ -463,6 +468,17 @@ impl LinuxSpace {
             self.fetch(id, from, to)?;
         }
         Ok(())
+    }
+
+    /// Remembers what the kernel has called written, until a scan's look has reported it.
+    pub(super) fn note_written(&mut self, id: RegionId, written: &[(usize, usize)]) {
+        if let Some(region) = self.region_mut(id) {
+            for &(first, last) in written {
+                for page in first..last {
+                    region.written.set(page, true);
+                }
+            }
+        }
     }
 
     /// Finds those of the merged pages `from..to` that have become somebody's own since, in one call for

@@ -61,6 +61,8 @@ impl Categories {
     pub(crate) const SWAPPED: Self = Self(1 << 4);
     /// The zero page.
     pub(crate) const ZERO_PAGE: Self = Self(1 << 5);
+    /// Part of a huge page that is mapped as one.
+    pub(crate) const HUGE: Self = Self(1 << 6);
     /// A guard page (Linux 6.15; older kernels refuse to be asked).
     pub(crate) const GUARD: Self = Self(1 << 8);
 

@@ -189,7 +189,7 @@ pub(crate) fn regions(me: &mut Me) {
 /// Another value for a setting or two.
 fn change(random: &mut Random, engine: usize, s: &mut EngineSettings) {
     let scan = &mut s.scan;
-    match random.below(14) {
+    match random.below(15) {
         0 => scan.pages_to_scan = [50, 500, 5000, 100_000][random.below(4)],
         1 => scan.sleep_millisecs = [0, 0, 1, 5][random.below(4)],
         2 => scan.max_page_sharing = [2, 3, 16, 256, 1000][random.below(5)],
@@ -213,6 +213,7 @@ fn change(random: &mut Random, engine: usize, s: &mut EngineSettings) {
         8 => s.threads = 1 + u32::try_from(random.below(3)).expect("small"),
         9 => s.max_pause_micros = [1, 20, 100, 1000][random.below(4)],
         10 => scan.lagging_records = random.below(3) == 0,
+        14 => s.thp_min_duplicates = [1, 8, 32, 1000][random.below(4)],
         11 => {
             s.reserved_mappings = [None, None, Some(60_000), Some(65_000)][random.below(4)];
         }
