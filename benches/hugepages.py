@@ -1,10 +1,11 @@
 """Arrays backed by huge pages, with 0, 1, 50 and 100 % duplicates: what is saved, what is split.
 
-    python benches/hugepages.py [--mib 1024] [--repeat 3] [--json FILE]
+    python benches/hugepages.py [--mib 1024] [--repeat 3] [--min 1,32] [--json FILE]
 
 Merging one page of a huge page splits it, and all of its 512 pages cost entries in the page tables
 and misses in the TLB from then on. Whether that is worth it depends on how many duplicates are in
-it. The duplicates lie anywhere, so with 1 % of them nearly every huge page has some.
+it, and `thp_min_duplicates` says how many are enough: each number of `--min` is a rival of its own.
+The duplicates lie anywhere, so with 1 % of them nearly every huge page has some.
 
 Counted is what `rivals.py` counts. "Read all" is the time to read every page in the end, which
 tells what splitting costs the program itself.
@@ -27,6 +28,9 @@ from rivals import publish, table
 
 Result = dict[str, Any]
 
+#: What our rivals' names begin with; the rest is their `thp_min_duplicates`.
+OURS = "pagemerge, from "
+
 
 def _one(rival: str, case: Case, mib: int, seed: int) -> Result:
     with Child.holder() as child:
@@ -42,16 +46,17 @@ def _one(rival: str, case: Case, mib: int, seed: int) -> Result:
                 sys.exit(f"{read['wrong']} pages read wrong after {rival}: this is a bug")
             return {**result, "before": before, "after": {"huge": huge, "read": read["cpu"]}}
 
-        if rival == "pagemerge":
+        if rival != "ksmd":
+            settings = {"thp_min_duplicates": int(rival.removeprefix(OURS))}
             with machine.mappings(memory["pages"] * 9 // 4 + 10_000):
-                return finish(child.ask("engine", {}), lambda: child.ask("scan"))
+                return finish(child.ask("engine", settings), lambda: child.ask("scan"))
         with FullSpeed(lock_seconds=900, pass_seconds=60 + mib / 4) as ksm:
             ksm.begin()
             return finish(child.ask("mergeable"), ksm.timed_pass)
 
 
-def measure(mib: int, repeat: int) -> Result:
-    chosen = ["pagemerge"]
+def measure(mib: int, repeat: int, least: list[int]) -> Result:
+    chosen = [f"{OURS}{number}" for number in least]
     skipped = {}
     if reason := machine.why_no_ksmd():
         skipped["ksmd"] = reason
@@ -66,7 +71,7 @@ def measure(mib: int, repeat: int) -> Result:
                 print(f"{name}, {turn + 1} of {repeat}: {rival}", file=sys.stderr, flush=True)
                 row[rival] = _one(rival, case, mib, turn + 1)
             found[name].append(row)
-    return {"mib": mib, "repeat": repeat, "skipped": skipped, "cases": found}
+    return {"mib": mib, "repeat": repeat, "min": least, "skipped": skipped, "cases": found}
 
 
 def report(found: Result) -> Iterator[str]:
@@ -103,8 +108,10 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="MiB of memory (1024)")
     parser.add_argument("--repeat", type=int, default=3, help="how often (3)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--min", default="1,32", help="values of thp_min_duplicates (1,32)")
     options = parser.parse_args()
-    found = measure(options.mib, options.repeat)
+    least = [int(number) for number in options.min.split(",")]
+    found = measure(options.mib, options.repeat, least)
     publish(found, report(found), options.json)
 
 
