@@ -1183,9 +1183,10 @@ impl PageSpace for LinuxSpace {
         let _phase = enter(Phase::Prepare);
         self.readable = Span::default();
         self.unshare(requests, outcomes);
+        // First, since what is refused here needs no list of mappings.
+        self.refuse_in_huge_pages(requests, outcomes);
         self.refuse_left_alone(requests, outcomes);
         self.refuse_swapped(requests, outcomes);
-        self.refuse_in_huge_pages(requests, outcomes);
         self.look_at_headroom();
         let promotions = self.prepare_promotions(requests, outcomes)?;
         let slots: Vec<(usize, Slot)> = promotions

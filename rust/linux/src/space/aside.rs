@@ -17,6 +17,7 @@
 //! Nothing cheaper tells: `PROCMAP_QUERY` has no such flags, and an advice to a whole mapping leaves its
 //! borders where they are.
 
+use super::merge::untried;
 use super::{LinuxSpace, Region, end_watches};
 use crate::sys::Span;
 use pagemerge_core::{Attempt, PageId, PageState, Reason, RegionId, Request};
@@ -115,6 +116,7 @@ impl LinuxSpace {
             if let Request::Promote { page, .. }
             | Request::Share { page, .. }
             | Request::Zero { page } = *request
+                && untried(*outcome)
                 && let Some(reason) = self.bars(page)
             {
                 *outcome = Attempt::Refused(reason);
