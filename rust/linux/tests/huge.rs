@@ -12,6 +12,8 @@ use support::engines::{
 use support::os::{self, Memory, page_size};
 use support::{Need, case};
 
+const MADV_COLLAPSE: i32 = 25;
+
 /// Pages in a huge page.
 fn size() -> usize {
     (2 << 20) / page_size()
@@ -307,7 +309,6 @@ fn pairs_of_huge_pages_wait_for_the_second() {
 /// Goal: pages that become huge while they are registered are judged as a huge page from then on, and as
 /// small pages once somebody has split it.
 fn huge_pages_that_come_and_go_are_followed() {
-    const MADV_COLLAPSE: i32 = 25;
     let (memory, twins) = (Memory::huge(2 * size()), small(100));
     memory.advise(libc::MADV_NOHUGEPAGE).expect("small pages");
     (0..memory.pages()).for_each(|page| memory.fill(page, 1_000_000 + page as u64));
@@ -340,6 +341,54 @@ fn huge_pages_that_come_and_go_are_followed() {
     for (block, n) in (0..8).map(|n| (0, n)).chain((0..7).map(|n| (1, n))) {
         memory.assert_shows(block * size() + n * 3, 1 + n as u64, "merged");
     }
+}
+
+/// Goal: what the kernel makes a huge page of, after all of it has been written, stays one where writes are
+/// tracked, wherever the borders of what the kernel is asked about lie.
+fn tracked_pages_that_become_huge_stay_so() {
+    let memory = Memory::huge(24 * size());
+    memory.advise(libc::MADV_NOHUGEPAGE).expect("small pages");
+    let fill = |with| (0..memory.pages()).for_each(|page| memory.fill(page, with + page as u64));
+    fill(1_000_000);
+    let engine = engine(32, |_| ());
+    let first = 300;
+    let pages = memory.pages() - first;
+    try_register(&engine, memory.at(first), pages * page_size(), "").expect("registered");
+    passes(&engine, 3);
+    fill(2_000_000);
+    for (part, len) in [(0, first), (first, pages)] {
+        memory
+            .advise_pages(part, len, libc::MADV_HUGEPAGE)
+            .expect("huge pages");
+    }
+    memory
+        .advise_pages(size(), memory.pages() - size(), MADV_COLLAPSE)
+        .expect("collapsed");
+    assert_eq!(whole(&memory), 23);
+    for pass in 0..4 {
+        let unshared = scan(&engine).core.pages_unshared;
+        assert_eq!(unshared, if pass == 0 { 0 } else { pages as u64 });
+        assert_eq!(whole(&memory), 23, "pass {pass}");
+    }
+}
+
+/// Goal: where writes are tracked, a write splits the huge page that it goes to, and what was refused because
+/// of that merges in the next pass, whether that looks at those pages or not.
+fn huge_pages_split_by_a_write_are_small_pages_at_once() {
+    let (memory, twins) = (unique(3), small(100));
+    for block in 0..3 {
+        (0..7).for_each(|n| memory.fill(block * size() + n * 3, 1 + n as u64));
+    }
+    let engine = engine(8, |_| ());
+    register(&engine, &memory);
+    register(&engine, &twins);
+    passes(&engine, 5);
+    assert_eq!((whole(&memory), merged_pages(&memory)), (3, 0));
+    memory.store(size() + 300, 0, 1);
+    assert_eq!(whole(&memory), 2);
+    passes(&engine, 2);
+    let done = [0, 1, 2].map(|block| merged_of(&memory, block));
+    assert_eq!((whole(&memory), done), (2, [0, 7, 0]));
 }
 
 /// Goal: a region that begins and ends inside of huge pages: what is left of those is small pages, and merges
@@ -390,6 +439,8 @@ fn main() -> ExitCode {
         case!(twins_of_refused_pages_merge_all_the_same),
         case!(pairs_of_huge_pages_wait_for_the_second),
         case!(huge_pages_that_come_and_go_are_followed),
+        case!(tracked_pages_that_become_huge_stay_so),
+        case!(huge_pages_split_by_a_write_are_small_pages_at_once),
         case!(borders_of_a_region_cut_what_lies_across_them),
         case!(parts_set_aside_are_not_protected_with_their_huge_page),
     ];

@@ -179,6 +179,11 @@ impl Region {
         }
     }
 
+    /// The end of the place for a huge page in which a page lies.
+    pub(super) fn block_end(&self, at: usize, page: usize, huge: usize) -> usize {
+        self.block(at, page, huge).end
+    }
+
     /// Pages `from..to`, and what else has to be protected so that no huge page is cut: nothing that is left
     /// alone (there, it is cut), and nothing that a frame was mapped over.
     pub(super) fn widened(

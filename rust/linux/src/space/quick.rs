@@ -401,6 +401,11 @@ impl LinuxSpace {
             return Ok(());
         };
         let mut end = (from + FETCH).max(to).min(region.pages());
+        if let Some(huge) = huge {
+            // Pages that were all written may have become a huge page since the last look, of which nobody
+            // knows yet: it is not to be cut.
+            end = region.block_end(end - 1, page, huge);
+        }
         let (live, mut stretches) = (region.live, Vec::with_capacity(4));
         let mut at = from;
         while at < end {
@@ -428,17 +433,6 @@ impl LinuxSpace {
             all_of: Categories::WRITTEN,
             ..Query::written_and_protect(Categories::WRITTEN)
         };
-        for stretch in &mut stretches {
-            *stretch = region.widened(*stretch, page, huge);
-            end = end.max(stretch.1);
-        }
-        stretches.dedup_by(|next, last| {
-            let joined = next.0 <= last.1;
-            if joined {
-                last.1 = last.1.max(next.1);
-            }
-            joined
-        });
         for (first, last) in stretches {
             let span = live.part(first * page, (last - first) * page).span();
             let mut written = std::mem::take(&mut self.told_written);
