@@ -593,6 +593,7 @@ impl LinuxSpace {
             return;
         };
         let (page, pages) = (self.page, region.pages());
+        self.huge.forget(region.live.span());
         if let Some(watches) = &mut self.watches {
             // Also where no watch is on: pages stay registered after their first.
             end_watches(watches, region, (0, pages), page, self.moves);

@@ -29,7 +29,7 @@
 //! * H1. A huge page is known as whole only by a look, and asked about once more before anything of it is
 //!   refused: who merges nothing because of a huge page that is gone would never be told.
 //! * H2. What is counted is counted for huge pages with refusals, and goes when nobody has asked for a
-//!   whole round.
+//!   whole round, or with the region.
 //!
 //! # Cost
 //! A bit for each 2 MiB; 200 bytes for each huge page with refusals. No call to the kernel where there are no
@@ -144,6 +144,12 @@ impl Huge {
     /// Whether nothing is worth splitting a huge page.
     pub(super) fn never(&self) -> bool {
         self.pages.is_some_and(|pages| self.min as usize > pages)
+    }
+
+    /// What lies there is somebody else's from now on.
+    pub(super) fn forget(&mut self, span: Span) {
+        self.asked
+            .retain(|&address, _| !(span.start..span.end()).contains(&address));
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -379,6 +385,12 @@ mod tests {
         assert!(!empty(&huge));
         huge.begin_pass();
         assert!(empty(&huge));
+        for address in [1 << 21, 2 << 21, 3 << 21] {
+            huge.asked.insert(address, Asked::new(512, huge.round));
+        }
+        huge.forget(Span::new(2 << 21, 1 << 21));
+        let left: Vec<usize> = huge.asked.keys().copied().collect();
+        assert_eq!(left, [1 << 21, 3 << 21]);
     }
 
     #[test]
