@@ -839,6 +839,7 @@ impl LinuxSpace {
             let at = (page.0 - first) as usize;
             region.mapped.set(at, to);
             region.forget_state(at, at + 1);
+            region.note_parted(at, self.page, self.huge.pages);
         }
     }
 

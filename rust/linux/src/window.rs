@@ -38,7 +38,7 @@
 //! # Cost
 //! About 3.5 us to register and move a run, 3.5 us for each new mapping, and 0.3 us for each page
 //! compared, on the machine described in the findings; 1.5 us for a run within a stretch, and 0.1 us for
-//! each page between.
+//! each page between. 300 us to move the first page out of a huge page, so a window has one of those at most.
 
 use crate::fork::NoFork;
 use crate::sys::Span;
@@ -85,6 +85,7 @@ const BRIDGED_RUN_NANOS: u64 = 1_500;
 const BETWEEN_NANOS: u64 = 100;
 const MAPPING_NANOS: u64 = 3_500;
 const PAGE_NANOS: u64 = 350;
+const SPLIT_NANOS: u64 = 300_000;
 
 /// What a page is to become.
 #[derive(Clone, Debug)]
@@ -132,6 +133,8 @@ pub(crate) struct Job {
     /// What lies between the page before and this one, both to become zero pages, is ordinary memory of
     /// the same mapping, whose writes may be told of without having been: both may be in one stretch.
     pub(crate) bridged: bool,
+    /// Its move takes a huge page apart.
+    pub(crate) splits: bool,
     /// Set by the window.
     pub(crate) verdict: Verdict,
 }
@@ -142,6 +145,7 @@ impl Job {
             live,
             target,
             bridged: false,
+            splits: false,
             verdict: Verdict::Untried,
         }
     }
@@ -303,6 +307,7 @@ impl Windows {
         let (mut nanos, mut mappings) = (0, 0);
         for (at, job) in jobs.iter().enumerate().take(MAX_PAGES) {
             nanos += PAGE_NANOS;
+            nanos += if job.splits { SPLIT_NANOS } else { 0 };
             if self.bridged(jobs, at) {
                 let between = job.live.span().start - jobs[at - 1].live.span().end();
                 nanos += BRIDGED_RUN_NANOS + (between / self.page) as u64 * BETWEEN_NANOS;

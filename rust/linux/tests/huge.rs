@@ -223,6 +223,22 @@ fn one_splits_at_once_and_so_does_kernel_defaults() {
     assert_eq!((whole(&memory), merged_pages(&memory)), (1, 1));
 }
 
+/// Goal: taking a huge page apart takes longer than all else in a window, so a window does it for one only, and
+/// whoever writes to one of the others does not wait for it.
+fn window_takes_one_huge_page_apart() {
+    let blocks = 30;
+    let (memory, twins) = (unique(blocks), small(blocks));
+    (0..blocks).for_each(|block| memory.fill(block * size() + 99, 1 + block as u64));
+    let engine = engine(1, |_| ());
+    register(&engine, &memory);
+    register(&engine, &twins);
+    let before = scan(&engine).space.windows;
+    let stats = passes(&engine, 2);
+    assert_eq!((whole(&memory), merged_pages(&memory)), (0, blocks));
+    let windows = stats.space.windows - before;
+    assert!(windows >= blocks as u64, "{windows} windows");
+}
+
 /// Goal: zero pages count, alone and with others.
 fn zero_pages_count() {
     for (zeroes, others, split) in [(7, 0, false), (8, 0, true), (5, 2, false), (5, 3, true)] {
@@ -439,6 +455,7 @@ fn main() -> ExitCode {
         case!(never_leaves_huge_pages_alone),
         case!(threshold_is_kept_at_both_sides),
         case!(one_splits_at_once_and_so_does_kernel_defaults),
+        case!(window_takes_one_huge_page_apart),
         case!(zero_pages_count),
         case!(twins_of_refused_pages_merge_all_the_same),
         case!(pairs_of_huge_pages_wait_for_the_second),

@@ -298,7 +298,7 @@ fn huge_pages_with_duplicates_are_merged() {
     assert_filled(&memory, CONTENTS, "huge pages, un-merged");
 }
 
-/// One duplicate in a huge page: the other 511 keep their bytes.
+/// One duplicate in a huge page, where one is worth splitting it: the other 511 keep their bytes.
 fn single_duplicate_in_a_huge_page_is_merged() {
     let memory = Memory::huge(1024);
     for page in 0..1024 {
@@ -307,6 +307,9 @@ fn single_duplicate_in_a_huge_page_is_merged() {
     memory.fill(100, 1);
     memory.fill(900, 1);
     let engine = engine(Remerge::Always);
+    engine
+        .update(|settings| settings.thp_min_duplicates = 1)
+        .expect("split for one");
     register(&engine, &memory);
     let stats = merge(&engine);
     assert_eq!(

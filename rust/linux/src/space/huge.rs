@@ -35,7 +35,7 @@
 //! A bit for each 2 MiB; 200 bytes for each huge page with refusals. No call to the kernel where there are no
 //! huge pages, and one for each of those that a batch of requests touches.
 
-use super::merge::untried;
+use super::merge::{Item, untried};
 use super::{LinuxSpace, Region};
 use crate::sys::pagemap::{Categories, Query};
 use crate::sys::{Span, files};
@@ -185,6 +185,14 @@ impl Region {
         }
     }
 
+    /// A page is not part of a whole huge page any more.
+    pub(super) fn note_parted(&mut self, at: usize, page: usize, huge: Option<usize>) {
+        if let Some(huge) = huge {
+            let number = self.block(at, page, huge).number;
+            self.whole.set(number, false);
+        }
+    }
+
     /// The end of the place for a huge page in which a page lies.
     pub(super) fn block_end(&self, at: usize, page: usize, huge: usize) -> usize {
         self.block(at, page, huge).end
@@ -284,6 +292,23 @@ impl LinuxSpace {
         let asked = asked.or_insert_with(|| Asked::new(huge, round));
         asked.note((span.start - address) / self.page, round);
         Some(address)
+    }
+
+    /// Notes of which of `items`, sorted by address, the moves will take huge pages apart.
+    pub(super) fn note_splits(&self, items: &mut [Item]) {
+        let (true, Some(huge)) = (self.huge.seen, self.huge.pages) else {
+            return;
+        };
+        let mut last = None;
+        for item in items {
+            let Some((region, at)) = self.region_of(item.ticket.page) else {
+                continue;
+            };
+            let number = region.block(at, self.page, huge).number;
+            let this = Some((region.id, number));
+            item.job.splits = region.whole.get(number) && this != last;
+            last = this;
+        }
     }
 
     /// Refuses what would split a huge page that is not worth it yet.

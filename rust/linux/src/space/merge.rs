@@ -215,6 +215,7 @@ impl LinuxSpace {
             moved
         };
         self.bridge(&mut moved);
+        self.note_splits(&mut moved);
         let busy = self.pass_through(moved, true, outcomes);
         let mut again = Vec::new();
         for item in busy {
