@@ -37,8 +37,8 @@
 
 use super::merge::{Item, untried};
 use super::{LinuxSpace, Region};
+use crate::sys::Span;
 use crate::sys::pagemap::{Categories, Query};
-use crate::sys::{Span, files};
 use pagemerge_core::{Attempt, FrameId, PageId, Reason, RegionId, Request};
 use std::collections::BTreeMap;
 
@@ -91,7 +91,7 @@ impl Asked {
 /// What is known of huge pages.
 #[derive(Debug)]
 pub(super) struct Huge {
-    /// Pages in one; `None` where the kernel has none, or cannot tell.
+    /// Pages in one; `None` where the kernel cannot tell of them.
     pub(super) pages: Option<usize>,
     /// Pages of one that have to be asked for.
     min: u32,
@@ -106,14 +106,9 @@ pub(super) struct Huge {
 
 impl Huge {
     pub(super) fn new(page: usize, tells: bool) -> Self {
-        let path = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size";
-        let bytes = files::read_to_string(path)
-            .ok()
-            .and_then(|text| text.trim().parse::<usize>().ok());
         Self {
-            pages: bytes
-                .map(|bytes| bytes / page)
-                .filter(|&pages| tells && pages > 1),
+            // What one table of the last level holds: as many entries as fit a page.
+            pages: tells.then_some(page / size_of::<u64>()),
             min: 1,
             seen: false,
             asked: BTreeMap::new(),
