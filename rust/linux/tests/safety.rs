@@ -195,6 +195,7 @@ fn every_test_that_the_document_names_exists() {
                 format!("rust/sim/tests/{file}.rs"),
                 format!("rust/linux/src/{file}.rs"),
                 format!("rust/linux/src/sys/{file}.rs"),
+                format!("rust/linux/src/space/{file}.rs"),
                 format!("tests/{file}.py"),
                 format!("fuzz/tests/{file}.rs"),
             ];
