@@ -21,7 +21,7 @@
 //! mappings from the lowest up to the range: 5 us for each, 0.3 s near the limit of 65,530. Many
 //! ranges are better surveyed by one [`Mappings`]: [`crate::survey`] keeps one for a while.
 
-use crate::sys::procmap::Found;
+use crate::sys::procmap::{Found, Procmap, QueryStop};
 use crate::sys::{Span, files, page_size, process};
 use pagemerge_core::Reason;
 use std::borrow::Cow;
@@ -472,6 +472,33 @@ pub(crate) fn count() -> io::Result<u64> {
     }
 }
 
+/// How many mappings lie outside of `regions`, which are in ascending order; `None` where the kernel does
+/// not tell of single ones. Costs what a count of those costs, however many there are inside.
+pub(crate) fn count_outside(maps: &Procmap, regions: &[Span]) -> Option<u64> {
+    let (mut at, mut count) = (0, 0);
+    let mut regions = regions.iter().peekable();
+    loop {
+        while regions.next_if(|region| region.end() <= at).is_some() {}
+        match maps.at_or_above(at) {
+            Ok(found) => {
+                while regions
+                    .next_if(|region| region.end() <= found.span.start)
+                    .is_some()
+                {}
+                at = match regions.peek() {
+                    Some(region) if region.overlaps(found.span) => region.end(),
+                    _ => {
+                        count += 1;
+                        found.span.end()
+                    }
+                };
+            }
+            Err(QueryStop::NotMapped) => return Some(count),
+            Err(_) => return None,
+        }
+    }
+}
+
 /// The C library's record of a thread.
 #[derive(Clone, Copy, Debug)]
 struct ThreadRecord {
@@ -773,6 +800,34 @@ VmFlags: rd wr sh\n";
         let head = process::robust_list_head(main).unwrap().unwrap();
         let span = Span::new(head & !(page - 1), page);
         assert!(only_reason(span).is_some());
+    }
+
+    #[test]
+    fn mappings_inside_of_regions_are_not_counted_outside() {
+        let maps = Procmap::own().unwrap();
+        let memory = memory(4000);
+        let span = memory.span();
+        for page in (0..4000).step_by(2) {
+            // SAFETY: the memory is this test's own.
+            unsafe { mapping::protect(span.page_run(page, 1), Protection::Read) }.unwrap();
+        }
+        // Other tests map and unmap at the same time: so all that is not this memory is a region, too.
+        let below = Span::between(0, span.start);
+        let above = Span::between(span.end(), usize::MAX / 2);
+        let halves = [span.page_run(0, 2000), span.page_run(2000, 2000)];
+        let count = |regions: &[Span]| count_outside(&maps, regions);
+        if count(&[below, above]).is_none() {
+            return; // before Linux 6.11
+        }
+        // Its first or last mapping may have become one with a neighbour.
+        for (regions, expected) in [
+            (&[below, above][..], 3998..=4000),
+            (&[below, halves[0], above], 1999..=2000),
+            (&[below, halves[0], halves[1], above], 0..=0),
+        ] {
+            let found = count(regions).unwrap();
+            assert!(expected.contains(&found), "{found} of {expected:?}");
+        }
     }
 
     #[test]

@@ -776,7 +776,8 @@ impl LinuxSpace {
 
     pub(crate) fn stats(&mut self) -> SpaceStats {
         self.settle();
-        self.budget.count_for_stats();
+        let outside = || count_outside(&self.maps, &self.regions);
+        self.budget.count_for_stats(&outside);
         SpaceStats {
             mappings: self.budget.used,
             mapping_budget: self.budget.allowed(),
@@ -819,6 +820,12 @@ impl LinuxSpace {
         let (first, region) = self.regions.range(..=page.0).next_back()?;
         let at = (page.0 - first) as usize;
         (at < region.pages() && region.attached).then_some((region, at))
+    }
+
+    /// Whether so many more mappings may be made.
+    fn has_room(&mut self, needed: u64) -> bool {
+        let outside = || count_outside(&self.maps, &self.regions);
+        self.budget.has_room(needed, &outside)
     }
 
     /// Whether quick looks tell all there is to tell.
@@ -943,6 +950,13 @@ fn track(
     }
     region.tracked = true;
     Ok(())
+}
+
+/// Mappings outside of all regions.
+fn count_outside(maps: &Procmap, regions: &BTreeMap<u32, Region>) -> Option<u64> {
+    let mut spans: Vec<Span> = regions.values().map(|region| region.live.span()).collect();
+    spans.sort_unstable_by_key(|span| span.start);
+    mappings::count_outside(maps, &spans)
 }
 
 /// Maps fresh memory over whatever of pages `from..to` frames were mapped over.

@@ -347,7 +347,7 @@ impl LinuxSpace {
             let (these, now) = (&mut jobs[done..done + fit], &tickets[done..done + fit]);
             done += fit;
             let needed = self.windows.mappings_needed(these);
-            let refused = if !self.budget.has_room(needed) {
+            let refused = if !self.has_room(needed) {
                 Some(Reason::MappingBudget)
             } else if self
                 .headroom

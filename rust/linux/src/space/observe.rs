@@ -1,6 +1,6 @@
 //! What pages are now: the kernel's answers, put together with what is remembered (see [`super`]).
 
-use super::{LinuxSpace, STATE, aside};
+use super::{LinuxSpace, STATE, aside, count_outside};
 use crate::eligible::{self, Readable};
 use crate::error::Error;
 use crate::settings::{Barrier, Remerge};
@@ -329,11 +329,12 @@ impl LinuxSpace {
             return;
         };
         let budget = &mut self.budget;
+        let (maps, regions) = (&self.maps, &self.regions);
         let mut unwatched: Option<usize> = None;
         // Each stretch that is to be watched may become a mapping of its own between two others, so room
         // is asked for, and taken, stretch by stretch.
         let mut begin = |from: usize, watches: &mut Watches, into: &mut [PageState]| {
-            if !budget.has_room(2) {
+            if !budget.has_room(2, &|| count_outside(maps, regions)) {
                 return into.fill(PageState::Ineligible(Reason::MappingBudget));
             }
             let part = run.part(from * page, into.len() * page);

@@ -203,7 +203,7 @@ impl LinuxSpace {
             .and_then(|(region, _)| region.huge);
         if self.barrier == Barrier::None
             || self.altered(run[0].page, live.span()).is_some()
-            || !self.budget.has_room(4)
+            || !self.has_room(4)
             || self.watches().is_err()
         {
             return;

@@ -28,6 +28,8 @@ struct ProcmapQuery {
     build_id_addr: u64,
 }
 const PROCMAP_QUERY: u32 = ioctl_number(IOCTL_READ_WRITE, b'f', 17, size_of::<ProcmapQuery>());
+/// The next one where there is none at the address.
+const OR_NEXT: u64 = 16;
 const READABLE: u64 = 1;
 const WRITABLE: u64 = 2;
 const SHARED: u64 = 8;
@@ -86,8 +88,21 @@ impl Procmap {
     /// # Errors
     /// [`QueryStop`].
     pub(crate) fn at(&self, address: usize) -> Result<Found, QueryStop> {
+        self.query(address, 0)
+    }
+
+    /// The same, or the next one above it.
+    ///
+    /// # Errors
+    /// [`QueryStop`].
+    pub(crate) fn at_or_above(&self, address: usize) -> Result<Found, QueryStop> {
+        self.query(address, OR_NEXT)
+    }
+
+    fn query(&self, address: usize, flags: u64) -> Result<Found, QueryStop> {
         let mut argument = ProcmapQuery {
             size: size_of::<ProcmapQuery>() as u64,
+            query_flags: flags,
             query_addr: address as u64,
             ..ProcmapQuery::default()
         };
