@@ -535,6 +535,12 @@ impl Scanner {
         Ok(Some(order))
     }
 
+    /// Whether the last sweep over merged and zero pages, of a scan or of [`Scanner::refresh`], has come to
+    /// its end.
+    pub fn has_swept(&self) -> bool {
+        self.swept
+    }
+
     /// Looks at all merged and zero pages and takes note of those that are not any more, without any
     /// other effect: `ksm_zero_pages` is current afterwards, the lagging counters lag as before.
     ///

@@ -181,9 +181,10 @@ impl EngineState {
             return Err(Error::no_memory("scan"));
         }
         if self.between_scans {
-            self.space.begin_pass();
+            self.space.begin_pass(self.scanner.has_swept());
             self.between_scans = false;
         }
+        self.space.begin_step();
         let cpu = sys::process::thread_cpu_time();
         let clock = self.clock();
         let report = self.scanner.step(&mut self.space, clock, budget);
@@ -350,7 +351,7 @@ impl EngineState {
             return Ok(());
         }
         // Pages that were written since have their copies already.
-        self.space.begin_sweep();
+        self.space.begin_sweep(self.scanner.has_swept());
         self.scanner.refresh(&mut self.space)?;
         let pages = regions
             .iter()
@@ -543,7 +544,7 @@ impl EngineState {
 
     fn stats(&mut self) -> Result<EngineStats, Error> {
         let _phase = enter(Phase::Stats);
-        self.space.begin_sweep();
+        self.space.begin_sweep(self.scanner.has_swept());
         self.scanner.refresh(&mut self.space)?;
         Ok(self.counted())
     }
@@ -930,6 +931,7 @@ impl Engine {
     pub fn region_stats(&self, region: RegionHandle) -> Result<RegionStats, Error> {
         self.on(move |engine| {
             let id = engine.region(region)?;
+            engine.space.begin_sweep(engine.scanner.has_swept());
             engine.scanner.refresh(&mut engine.space)?;
             engine.scanner.region_stats(id).ok_or(Error::NotRegistered)
         })

@@ -209,6 +209,8 @@ pub(crate) struct LinuxSpace {
     /// Room for what the kernel tells.
     told_written: Vec<(usize, usize)>,
     told_huge: Vec<(usize, usize)>,
+    /// Zero pages of a look that were written before they were protected, perhaps after they were looked at.
+    unsure_zeroes: Vec<usize>,
 }
 
 impl LinuxSpace {
@@ -295,6 +297,7 @@ impl LinuxSpace {
             },
             told_written: Vec::new(),
             told_huge: Vec::new(),
+            unsure_zeroes: Vec::new(),
         })
     }
 
@@ -345,7 +348,9 @@ impl LinuxSpace {
     }
 
     /// What is looked at once for each full pass.
-    pub(crate) fn begin_pass(&mut self) {
+    ///
+    /// `swept`: the last sweep over merged pages has come to its end.
+    pub(crate) fn begin_pass(&mut self, swept: bool) {
         let _phase = enter(Phase::BeginPass);
         self.settle();
         self.untrack_again();
@@ -353,7 +358,7 @@ impl LinuxSpace {
         let _ = self.close_again(Span::default());
         self.budget.doubt();
         let pages = self.regions.values().map(Region::pages).sum();
-        self.quick.begin_pass(pages);
+        self.quick.begin_pass(pages, swept);
         self.huge.begin_pass();
         self.pinned = None;
         self.surveyed_in_pass = false;
@@ -381,6 +386,11 @@ impl LinuxSpace {
                 }
             }
         }
+    }
+
+    /// A step of the scan begins: what was known of mappings may have changed since the last one.
+    pub(crate) fn begin_step(&mut self) {
+        self.readable = Span::default();
     }
 
     /// Gives back what nobody shows any more. Cheap when there is nothing.
@@ -454,6 +464,8 @@ impl LinuxSpace {
             // By an old list its pages are looked up once more.
             since: found.read.unwrap_or_else(Instant::now),
         };
+        // What was counted outside of all regions lies inside now.
+        self.budget.forget_outside();
         for part in &found.frames {
             let first = (part.start - live.span().start) / self.page;
             for page in first..first + part.pages() {
@@ -512,6 +524,7 @@ impl LinuxSpace {
             return Err(Error::NotRegistered);
         };
         region.attached = true;
+        region.forget_state(0, region.pages());
         if self.tracking
             && let Some(uffd) = &self.uffd
         {
@@ -565,6 +578,8 @@ impl LinuxSpace {
                     Err(error) => stop = Some(error),
                 }
             });
+            // What lies there has lost its protection with it.
+            self.quick.forget();
             let Some(stop) = stop else {
                 self.windows.unclosed.swap_remove(at);
                 continue;
@@ -629,6 +644,8 @@ impl LinuxSpace {
         if !self.uffd.as_ref().is_some_and(Userfaultfd::is_ended) {
             return;
         }
+        // Nothing is protected any more.
+        self.quick.forget();
         let can = capabilities();
         let mut features = Features::WP | Features::WP_UNPOPULATED;
         if can.write_tracking {
@@ -711,6 +728,7 @@ impl LinuxSpace {
             .ok_or(Error::NotInRegion { bytes: len })?;
         let first = (span.start - region.live.span().start) / page;
         let range = (first, first + span.pages());
+        region.forget_state(range.0, range.1);
         if let Some(watches) = &mut self.watches {
             end_watches(watches, region, range, page, self.moves);
         }
@@ -740,8 +758,8 @@ impl LinuxSpace {
     }
 
     /// All merged and zero pages are going to be looked at.
-    pub(crate) fn begin_sweep(&mut self) {
-        self.quick.begin_sweep();
+    pub(crate) fn begin_sweep(&mut self, swept: bool) {
+        self.quick.begin_sweep(swept);
     }
 
     /// Refuses to discard locked pages, by that name.
@@ -949,6 +967,8 @@ fn track(
         at = region.mapped.next(false, end, pages);
     }
     region.tracked = true;
+    // Of this memory nothing is to be taken out any more.
+    left.retain(|span| !region.live.span().overlaps(*span));
     Ok(())
 }
 

@@ -149,6 +149,11 @@ impl Job {
             verdict: Verdict::Untried,
         }
     }
+
+    /// Whether it is to become a zero page.
+    pub(crate) fn is_zero(&self) -> bool {
+        matches!(self.target, Target::Zero)
+    }
 }
 
 /// How a page left its window.
@@ -297,7 +302,11 @@ impl Windows {
 
     /// Whether the page of `jobs[at]` begins a run in the same stretch as the page before.
     fn bridged(&self, jobs: &[Job], at: usize) -> bool {
-        at > 0 && jobs[at].bridged && !self.neighbours(jobs, at)
+        at > 0
+            && jobs[at].bridged
+            && !self.neighbours(jobs, at)
+            && jobs[at - 1].is_zero()
+            && jobs[at].is_zero()
     }
 
     /// How many of `jobs` (sorted by address) one window may take without holding them longer than
@@ -369,10 +378,10 @@ impl Windows {
         for at in 0..jobs.len() {
             jobs[at].verdict = Verdict::Untried;
             let bridged = self.bridged(jobs, at);
+            // A run in a stretch is nothing but zero pages.
+            let same = self.neighbours(jobs, at) && jobs[at - 1].is_zero() == jobs[at].is_zero();
             match self.runs.last_mut() {
-                Some(run) if jobs[at - 1].live.span().end() == jobs[at].live.span().start => {
-                    run.pages += 1;
-                }
+                Some(run) if same => run.pages += 1,
                 _ => {
                     if bridged {
                         self.runs[head].stretch += 1;
@@ -441,9 +450,6 @@ impl Windows {
     }
 }
 
-/// Opening failed; whether nothing is registered for missing pages now.
-struct Undone(bool);
-
 /// A window that is open. Dropping it closes it (invariant W2).
 struct OpenWindow<'a> {
     page: usize,
@@ -489,22 +495,11 @@ impl OpenWindow<'_> {
                     let end = at + self.runs[at].stretch;
                     // Should anything panic in between, it counts as open.
                     self.runs[at].open = true;
-                    let opened = self.open(uffd, tracked, at);
-                    self.runs[at].open = opened.is_ok();
-                    match opened {
-                        Ok(()) => {
-                            for run in at..end {
-                                self.move_out(uffd, self.runs[run]);
-                            }
+                    self.runs[at].open = self.open(uffd, tracked, at);
+                    if self.runs[at].open {
+                        for run in at..end {
+                            self.move_out(uffd, self.runs[run]);
                         }
-                        // Something between them, then: each run for itself.
-                        Err(Undone(true)) if end - at > 1 => {
-                            for run in &mut self.runs[at..end] {
-                                run.stretch = 1;
-                            }
-                            continue;
-                        }
-                        Err(Undone(_)) => {}
                     }
                     at = end;
                 }
@@ -527,13 +522,21 @@ impl OpenWindow<'_> {
     /// Registers a stretch for missing pages. If that fails, what was registered of it (it may lie in
     /// several mappings) is taken back; that needs no room, and where there is nothing to take back
     /// but no room to look, nothing was registered there.
-    fn open(&mut self, uffd: &Userfaultfd, tracked: bool, head: usize) -> Result<(), Undone> {
+    fn open(&mut self, uffd: &Userfaultfd, tracked: bool, head: usize) -> bool {
         let (span, jobs) = self.stretch(head);
         let Err(stop) = uffd.register(span, Modes::Both) else {
-            return Ok(());
+            return true;
         };
-        let undone = uffd.unregister(span).is_ok();
-        if !undone {
+        let several = self.runs[head].stretch > 1;
+        if several && stop != RegisterStop::NoMemory {
+            // Something else lies between them, and the kernel looks at all of it before it changes
+            // anything. In the next pass, each run is registered by itself.
+            for job in &mut self.jobs[jobs] {
+                job.verdict = Verdict::Denied;
+            }
+            return false;
+        }
+        if uffd.unregister(span).is_err() {
             // Where registering is forbidden nothing was registered.
             if !stop.errno().is_forbidden() && !uffd.is_ended() {
                 self.note_unclosed(span);
@@ -550,7 +553,7 @@ impl OpenWindow<'_> {
         for job in &mut self.jobs[jobs] {
             job.verdict = verdict;
         }
-        Err(Undone(undone))
+        false
     }
 
     /// The kernel has not taken `span` out of MISSING.
@@ -828,7 +831,11 @@ impl OpenWindow<'_> {
         }
         if runs.len() > 1 {
             // No frames are mapped in it.
-            return self.take_out(uffd, self.stretch(head).0, tracked);
+            let (span, jobs) = self.stretch(head);
+            return match stop_waiting(uffd, span, tracked) {
+                Err(RegisterStop::Invalid) => self.take_out_by_page(uffd, span, jobs, tracked),
+                done => self.judge_taken_out(uffd, span, done),
+            };
         }
         let run = self.runs[head];
         let (mut at, end, mut ended) = (run.first, run.first + run.pages, false);
@@ -861,9 +868,41 @@ impl OpenWindow<'_> {
         }
     }
 
+    /// Takes a stretch out of MISSING into which its owner has mapped something meanwhile that cannot be
+    /// asked about: that has nothing of ours any more, and the rest is taken out all the same.
+    fn take_out_by_page(
+        &mut self,
+        uffd: &Userfaultfd,
+        span: Span,
+        jobs: std::ops::Range<usize>,
+        tracked: bool,
+    ) -> bool {
+        let (mut ended, mut next) = (false, jobs.start);
+        for at in 0..span.pages() {
+            let page = span.page_run(at, 1);
+            let held = next < jobs.end && self.jobs[next].live.span() == page;
+            next += usize::from(held);
+            match stop_waiting(uffd, page, tracked) {
+                Err(RegisterStop::Invalid) if !held => {}
+                done => ended |= self.judge_taken_out(uffd, page, done),
+            }
+        }
+        ended
+    }
+
     /// Takes `span` out of MISSING; if that fails, it is noted. Says whether it is forbidden.
     fn take_out(&mut self, uffd: &Userfaultfd, span: Span, tracked: bool) -> bool {
-        match stop_waiting(uffd, span, tracked) {
+        let done = stop_waiting(uffd, span, tracked);
+        self.judge_taken_out(uffd, span, done)
+    }
+
+    fn judge_taken_out(
+        &mut self,
+        uffd: &Userfaultfd,
+        span: Span,
+        done: Result<(), RegisterStop>,
+    ) -> bool {
+        match done {
             Ok(()) => false,
             Err(stop) if stop.errno().is_forbidden() => true,
             Err(_) if uffd.is_ended() => false,

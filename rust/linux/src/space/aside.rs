@@ -10,9 +10,11 @@
 //! A new mapping would undo locks, protections, and what children and core dumps are to get
 //! (`DONTFORK`, `DONTDUMP`). The kernel tells of those in `smaps` only, and reading that costs 5 us a
 //! mapping, so what is known may be somewhat old: in the background for as long as keeps the price below
-//! 2 % of the time, and a second at most unless that would take more than 5 % of it. A call (`scan`, `settle`, `merge`, un-merging) looks anew, so
-//! whatever was changed before a call is kept by it. What is changed by another thread in that time may
-//! be lost, but for locks and protections, which the kernel sees itself when pages are moved.
+//! 2 % of the time, and a second at most unless that would take more than 5 % of it. A call
+//! (`scan`, `settle`, `merge`, un-merging) looks anew, so whatever was changed before a call is kept by it:
+//! unless reading takes more than 50 ms (ten thousand mappings), where calls that scan make do with a list
+//! for twenty times as long as that. What is changed in that time may be lost, but for locks and
+//! protections, which the kernel sees itself when pages are moved.
 //!
 //! Nothing cheaper tells: `PROCMAP_QUERY` has no such flags, and an advice to a whole mapping leaves its
 //! borders where they are.

@@ -2,7 +2,8 @@
 //!
 //! The program makes mappings, too, while we merge, and only counting tells. So after every half of
 //! the reserve that we have used there is a count: what the program finds when it needs mappings is
-//! half of its reserve at least, however many it has made meanwhile.
+//! half of its reserve at least, however many it has made meanwhile (but for two seconds after a count, at most,
+//! where the next pass does not begin with one).
 //!
 //! Nearly all mappings of a process that merges much lie in what it has registered, and are known: so what is
 //! counted is, as a rule, what lies outside. Everything is counted when half of what was free then has
@@ -94,6 +95,11 @@ impl Budget {
         if self.may_count() {
             self.recount(outside);
         }
+    }
+
+    /// Something that was outside is not any more.
+    pub(super) fn forget_outside(&mut self) {
+        self.outside = None;
     }
 
     /// Counts what lies outside. Says whether that could be done, and was done before.

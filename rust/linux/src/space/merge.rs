@@ -303,7 +303,6 @@ impl LinuxSpace {
     }
 
     fn may_bridge(&self, one: &Item, next: &Item) -> bool {
-        let zero = |item: &Item| matches!(item.job.target, Target::Zero);
         let (Some((region, from)), Some((same, to))) = (
             self.region_of(one.ticket.page),
             self.region_of(next.ticket.page),
@@ -311,8 +310,8 @@ impl LinuxSpace {
             return false;
         };
         let between = from + 1..to;
-        zero(one)
-            && zero(next)
+        one.job.is_zero()
+            && next.job.is_zero()
             && region.id == same.id
             && between.len() <= BRIDGED
             // Left alone, or mapped by its owner since, is what is not of its own.
@@ -381,7 +380,11 @@ impl LinuxSpace {
         }
         let all = jobs.into_iter().zip(tickets);
         all.filter(|(job, _)| job.verdict == Verdict::Busy)
-            .map(|(job, ticket)| Item { job, ticket })
+            .map(|(mut job, ticket)| {
+                // That was said of another page before it.
+                job.bridged = false;
+                Item { job, ticket }
+            })
             .collect()
     }
 

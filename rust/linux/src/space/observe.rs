@@ -165,6 +165,7 @@ impl LinuxSpace {
                 self.judge_unmovable(live, &mapped, into);
             }
             self.note_look(window.region, from, into);
+            self.forget_unsure_zeroes(window.region);
         }
         Ok(())
     }
@@ -278,6 +279,7 @@ impl LinuxSpace {
         let span = region.live.part(first * page, (end - first) * page).span();
         let mut beyond = std::mem::take(&mut self.told_written);
         beyond.clear();
+        let mut unsure = std::mem::take(&mut self.unsure_zeroes);
         let query = Query {
             must_be_tracked: false,
             ..Query::written_and_protect(Categories::WRITTEN.and(Categories::PRESENT))
@@ -286,6 +288,9 @@ impl LinuxSpace {
             let (begin, end) = (first + at, first + at + pages);
             for page in begin.max(from)..end.min(to) {
                 let state = &mut into[page - from];
+                if *state == PageState::ZeroPage {
+                    unsure.push(page);
+                }
                 if *state == PageState::Resident(Written::No) {
                     *state = PageState::Resident(Written::Yes);
                 }
@@ -298,6 +303,7 @@ impl LinuxSpace {
         });
         self.note_written(id, &beyond);
         self.told_written = beyond;
+        self.unsure_zeroes = unsure;
         asked
     }
 

@@ -147,7 +147,7 @@ impl Quick {
     }
 
     /// A full pass over so many pages begins.
-    pub(super) fn begin_pass(&mut self, pages: usize) {
+    pub(super) fn begin_pass(&mut self, pages: usize, swept: bool) {
         let now = Instant::now();
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
         let lasts = FULL_AFTER
@@ -162,16 +162,16 @@ impl Quick {
         let faults = Faults::now();
         self.undisturbed = !self.full && faults.is_some() && faults == self.faults;
         self.faults = faults;
-        self.begin_sweep_at(faults);
+        self.begin_sweep_at(faults, swept);
     }
 
-    /// A sweep over merged and zero pages begins.
-    pub(super) fn begin_sweep(&mut self) {
-        self.begin_sweep_at(Faults::now());
+    /// A sweep over merged and zero pages begins; `swept`: the last one came to its end.
+    pub(super) fn begin_sweep(&mut self, swept: bool) {
+        self.begin_sweep_at(Faults::now(), swept);
     }
 
-    fn begin_sweep_at(&mut self, faults: Option<Faults>) {
-        self.unparted = !self.full && faults.is_some() && faults == self.swept;
+    fn begin_sweep_at(&mut self, faults: Option<Faults>, swept: bool) {
+        self.unparted = swept && !self.full && faults.is_some() && faults == self.swept;
         self.swept = faults;
     }
 
@@ -379,6 +379,18 @@ impl LinuxSpace {
             at = region.written.next(true, at + 1, to);
         }
         region.note_states(from, into);
+    }
+
+    /// A zero page that was not protected before its look may have been written right after it, and then
+    /// nobody tells any more (K1): it is looked at in full once more.
+    pub(super) fn forget_unsure_zeroes(&mut self, id: RegionId) {
+        let mut unsure = std::mem::take(&mut self.unsure_zeroes);
+        if let Some(region) = self.region_mut(id) {
+            for page in unsure.drain(..) {
+                region.zero.set(page, false);
+            }
+        }
+        self.unsure_zeroes = unsure;
     }
 
     /// Has the kernel say which tracked pages were written, from `from` on and beyond `to`, and protect
