@@ -476,6 +476,7 @@ impl LinuxSpace {
             Target::Frame { .. } => self.set_mapped(ticket.page, true),
             Target::Zero => {
                 self.set_mapped(ticket.page, false);
+                self.note_fresh_zero(ticket.page);
                 if (was_mapped || !self.moves) && self.is_tracked(ticket.page) {
                     // It lies in a fresh mapping now. Where it cannot be tracked, digests decide.
                     if let Some(uffd) = &self.uffd {

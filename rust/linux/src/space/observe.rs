@@ -165,7 +165,7 @@ impl LinuxSpace {
                 self.judge_unmovable(live, &mapped, into);
             }
             self.note_look(window.region, from, into);
-            self.forget_unsure_zeroes(window.region);
+            self.doubt_unsure_zeroes(window.region);
         }
         Ok(())
     }

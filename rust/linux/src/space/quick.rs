@@ -381,13 +381,22 @@ impl LinuxSpace {
         region.note_states(from, into);
     }
 
+    /// A page has just become a zero page: it is one, and counts as written until a look has protected it.
+    pub(super) fn note_fresh_zero(&mut self, page: PageId) {
+        if let Some((&first, region)) = self.regions.range_mut(..=page.0).next_back() {
+            let at = (page.0 - first) as usize;
+            region.zero.set(at, region.tracked);
+            region.written.set(at, region.tracked);
+        }
+    }
+
     /// A zero page that was not protected before its look may have been written right after it, and then
-    /// nobody tells any more (K1): it is looked at in full once more.
-    pub(super) fn forget_unsure_zeroes(&mut self, id: RegionId) {
+    /// nobody tells any more (K1): it counts as written until it has been looked at in full once more.
+    pub(super) fn doubt_unsure_zeroes(&mut self, id: RegionId) {
         let mut unsure = std::mem::take(&mut self.unsure_zeroes);
         if let Some(region) = self.region_mut(id) {
             for page in unsure.drain(..) {
-                region.zero.set(page, false);
+                region.written.set(page, true);
             }
         }
         self.unsure_zeroes = unsure;
