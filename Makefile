@@ -29,6 +29,7 @@ test: $(VENV)/.tested-with ## All tests: the Rust crates, then the Python packag
 	cargo test -p pagemerge-core
 	cargo test --release -p pagemerge-sim
 	cargo test --release -p pagemerge-linux
+	cargo test --release -p pagemerge-alloc
 	cargo test --release -p pagemerge-linux --features inject --test injected --test regressions --test quick
 	cargo test --release -p pagemerge-linux --features inject --test hostile -- known_key
 	$(MAKE) --no-print-directory replay loom
