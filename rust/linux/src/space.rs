@@ -840,6 +840,13 @@ impl LinuxSpace {
         (at < region.pages() && region.attached).then_some((region, at))
     }
 
+    /// The same, to change what is known of it; also where it is only kept for its records.
+    fn known_of(&mut self, page: PageId) -> Option<(&mut Region, usize)> {
+        let (first, region) = self.regions.range_mut(..=page.0).next_back()?;
+        let at = (page.0 - first) as usize;
+        (at < region.pages()).then_some((region, at))
+    }
+
     /// Whether so many more mappings may be made.
     fn has_room(&mut self, needed: u64) -> bool {
         let outside = || count_outside(&self.maps, &self.regions);
@@ -860,11 +867,11 @@ impl LinuxSpace {
     }
 
     fn set_mapped(&mut self, page: PageId, to: bool) {
-        if let Some((&first, region)) = self.regions.range_mut(..=page.0).next_back() {
-            let at = (page.0 - first) as usize;
+        let (bytes, huge) = (self.page, self.huge.pages);
+        if let Some((region, at)) = self.known_of(page) {
             region.mapped.set(at, to);
             region.forget_state(at, at + 1);
-            region.note_parted(at, self.page, self.huge.pages);
+            region.note_parted(at, bytes, huge);
         }
     }
 

@@ -272,8 +272,7 @@ impl LinuxSpace {
 
     /// What a page is has changed by our own doing: it is looked at in full.
     pub(super) fn doubt(&mut self, page: PageId) {
-        if let Some((&first, region)) = self.regions.range_mut(..=page.0).next_back() {
-            let at = (page.0 - first) as usize;
+        if let Some((region, at)) = self.known_of(page) {
             region.own.set(at, region.mapped.get(at));
             region.zero.set(at, false);
         }
@@ -383,8 +382,7 @@ impl LinuxSpace {
 
     /// A page has just become a zero page: it is one, and counts as written until a look has protected it.
     pub(super) fn note_fresh_zero(&mut self, page: PageId) {
-        if let Some((&first, region)) = self.regions.range_mut(..=page.0).next_back() {
-            let at = (page.0 - first) as usize;
+        if let Some((region, at)) = self.known_of(page) {
             region.zero.set(at, region.tracked);
             region.written.set(at, region.tracked);
         }
