@@ -9,6 +9,7 @@ use super::process::give_way;
 use super::{Call, Errno, Span, checked, outcomes, page_size, to_off};
 use std::cell::Cell;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 outcomes! {
     /// Why memory could not be mapped, moved or given another protection.
@@ -79,6 +80,12 @@ pub(crate) enum Sharing {
     Shared,
 }
 
+/// Addresses that programs hardly use, for [`Mapping::anonymous_apart`]: 32 TiB above the first 32.
+const APART_START: usize = 1 << 45;
+const APART_BYTES: usize = 1 << 45;
+/// Bytes of them that have been given out, over and over.
+static APART: AtomicUsize = AtomicUsize::new(0);
+
 /// How often unmapping is tried.
 const UNMAPPING_TRIES: u32 = 16;
 
@@ -146,6 +153,27 @@ impl Mapping {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
         unsafe { map(Call::MmapOwn, 0, len, protection, flags, -1, 0) }.map(|span| Self { span })
+    }
+
+    /// The same, at addresses that none of these was given before, if there are such, and next to no
+    /// other mapping: for pages that will be moved to another place.
+    ///
+    /// The kernel goes from a page to those who map it by a tree of all mappings that came out of one,
+    /// ordered by where they *first* were. Prepared at one address again and again, or beside each other,
+    /// a million pages would all be in one tree at the same place, and whoever has to find one of them
+    /// (reclaim, compaction, migration, DAMON) would visit a million mappings under their common lock,
+    /// for which everybody who maps or unmaps one of them waits.
+    ///
+    /// # Errors
+    /// [`MapStop`].
+    pub(crate) fn anonymous_apart(len: usize, protection: Protection) -> Result<Self, MapStop> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let taken = len + page_size();
+        let next = APART.fetch_add(taken, Ordering::Relaxed) % APART_BYTES;
+        // Where this is no address, or taken, the kernel chooses another.
+        let hint = APART_START + next / page_size() * page_size();
+        // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
+        unsafe { map(Call::MmapOwn, hint, len, protection, flags, -1, 0) }.map(|span| Self { span })
     }
 
     /// `len` bytes of `file` from `offset` on.
@@ -553,6 +581,25 @@ mod tests {
     fn write(at: Span, value: u8) {
         // SAFETY: the tests write only to memory that they have mapped, and hold no reference.
         unsafe { at.as_mut_ptr().write_volatile(value) };
+    }
+
+    /// Goal: memory that is moved to its place leaves no common place of birth behind, where the kernel
+    /// would look for a million pages at once. Method: as when un-merging, one after the other, each gone
+    /// before the next is made; the kernel gave out the same address again and again.
+    #[test]
+    fn memory_to_be_moved_is_never_at_or_beside_an_address_of_before() {
+        let page = page_size();
+        let mut before: Vec<Span> = Vec::new();
+        for pages in [1, 1, 3, 1, 2, 1] {
+            let memory = Mapping::anonymous_apart(pages * page, Protection::ReadWrite).unwrap();
+            let span = memory.span();
+            let wider = Span::new(span.start - page, span.len + 2 * page);
+            assert!(
+                before.iter().all(|other| !other.overlaps(wider)),
+                "{span:?} {before:?}"
+            );
+            before.push(span);
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ impl Staged {
     /// # Errors
     /// [`MapStop`].
     pub(crate) fn new(len: usize, huge: Option<bool>) -> Result<Self, MapStop> {
-        let mapping = Mapping::anonymous(len, Protection::ReadWrite)?;
+        let mapping = Mapping::anonymous_apart(len, Protection::ReadWrite)?;
         if let Some(huge) = huge {
             let advice = if huge {
                 Advice::HugePage
