@@ -155,7 +155,7 @@ def test_each_way_to_make_one(allocator: pagemerge.Allocator) -> None:
     assert allocator.zeros(5).tolist() == [0.0] * 5
     assert allocator.full((2, 2), 7).tolist() == [[7, 7], [7, 7]]
     assert allocator.full(3, 2.5).dtype == np.float64
-    assert allocator.full(3, 300, np.uint8).tolist() == [44, 44, 44]
+    assert allocator.full(3, 300.7, np.uint16).tolist() == [300, 300, 300]
     assert allocator.full((2, 3), [1, 2, 3], "f4").tolist() == [[1, 2, 3], [1, 2, 3]]
     source = np.arange(6.0).reshape(2, 3).T
     copied = allocator.array(source)

@@ -8,7 +8,6 @@
 //! * At the end of the interpreter nothing is given back any more: the process is about to do that.
 
 use crate::engine::{Engine, is_exiting};
-use crate::error::to_py;
 use crate::numpy::NumpyContext;
 use crate::stats::AllocatorStats;
 use pagemerge_alloc::allocator as alloc;
@@ -112,16 +111,13 @@ impl Allocator {
     }
 
     fn stats(&self, py: Python<'_>) -> PyResult<AllocatorStats> {
-        let stats = py.detach(|| self.inner().stats()).map_err(|e| error(&e))?;
-        let mut stats = AllocatorStats::from(stats);
+        let mut stats = py.detach(|| self.inner().stats()).map_err(|e| error(&e))?;
         if stats.not_merging.is_none() {
             // What holds for all arenas at once.
             let engine = self.engine.get().inner();
-            if let Err(why) = py.detach(|| engine.run()) {
-                stats.not_merging = Some(to_py(py, why).value(py).to_string());
-            }
+            stats.not_merging = py.detach(|| engine.run()).err().map(|why| why.to_string());
         }
-        Ok(stats)
+        Ok(stats.into())
     }
 }
 
