@@ -100,10 +100,9 @@ impl Allocator {
         NumpyContext::new(py, self.inner().clone(), threshold)
     }
 
-    /// Whether a block of this allocator begins where `buffer` does.
-    fn owns(&self, buffer: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let export = crate::buffer::Export::of(buffer, "look up")?;
-        Ok(self.inner().size_of(export.address()).is_some())
+    /// Whether a block begins there.
+    fn owns(&self, address: usize) -> bool {
+        self.inner().size_of(address).is_some()
     }
 
     fn trim(&self, py: Python<'_>) -> PyResult<()> {
