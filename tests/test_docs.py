@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pagemerge
@@ -63,6 +64,12 @@ def test_examples_of_the_stub(name: str, text: str) -> None:
 @pytest.mark.parametrize("name", ["merge", "unmerge", "evaluate"])
 def test_examples_of_functions(name: str) -> None:
     check(name, getattr(pagemerge, name).__doc__)
+
+
+@pytest.mark.parametrize("documented", [pagemerge.Allocator, pagemerge.Allocator.numpy])
+def test_examples_of_the_allocator(documented: Callable[..., object]) -> None:
+    assert documented.__doc__ is not None
+    check(documented.__name__, documented.__doc__)
 
 
 def test_every_public_name_is_documented() -> None:

@@ -1,14 +1,19 @@
 """Kernel samepage merging, run by the program itself.
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
-by step, with its own settings, counters and domains. :func:`evaluate` says what there is to gain,
+by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which equal
+values are equal pages. :func:`evaluate` says what there is to gain,
 :func:`capabilities` what this machine allows.
 """
 
+from pagemerge._allocator import Allocator
 from pagemerge._core import (
     PAGE_SIZE,
+    AllocatorStats,
+    Block,
     Capabilities,
     Engine,
+    NumpyContext,
     Region,
     RegionStats,
     Settings,
@@ -34,7 +39,10 @@ from pagemerge._merge import MergeReport, merge, unmerge
 __all__ = [
     "PAGE_SIZE",
     "AdvisorMode",
+    "Allocator",
+    "AllocatorStats",
     "Barrier",
+    "Block",
     "BusyError",
     "Capabilities",
     "ClosedError",
@@ -45,6 +53,7 @@ __all__ = [
     "ForkedError",
     "MergeReport",
     "NotMergeableError",
+    "NumpyContext",
     "Region",
     "RegionStats",
     "Remerge",

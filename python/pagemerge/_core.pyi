@@ -15,12 +15,16 @@ from pagemerge._enums import AdvisorMode, Barrier, Remerge, RunMode, TreeOrder
 
 __all__ = [
     "PAGE_SIZE",
+    "AllocatorStats",
+    "Block",
     "Capabilities",
     "Engine",
+    "NumpyContext",
     "Region",
     "RegionStats",
     "Settings",
     "Stats",
+    "_Allocator",
     "__version__",
     "_exiting",
     "_owner",
@@ -524,6 +528,118 @@ class Capabilities:
     @property
     def reasons(self) -> dict[str, str]:
         """For each thing that is missing: why, and what to do about it."""
+
+@final
+class _Allocator:
+    """What :class:`pagemerge.Allocator` stands on."""
+
+    def __new__(cls, engine: Engine | None, domain: str) -> _Allocator: ...
+    @property
+    def engine(self) -> Engine: ...
+    def allocate(self, nbytes: int) -> Block: ...
+    def numpy(self, threshold: int) -> NumpyContext: ...
+    def owns(self, address: int) -> bool: ...
+    def trim(self) -> None: ...
+    def stats(self) -> AllocatorStats: ...
+
+@final
+class AllocatorStats:
+    """An allocator's counters at one moment: attributes, and a mapping (``dict(stats)``).
+
+    ``later - earlier`` gives what has changed.
+    """
+
+    allocations: int
+    """Blocks in use, those of arrays included."""
+    live_bytes: int
+    """What was asked for, for them."""
+    held_bytes: int
+    """The pages that they are in, and those that have been freed and are not given back yet. How much of
+    it really is in memory, merged or not, :func:`memory_usage` tells."""
+    reserved_bytes: int
+    """Address space."""
+    metadata_bytes: int
+    """Bytes that the allocator's own records take. (The engine has its own.)"""
+    arenas: int
+    """Pieces of address space, those of large blocks included."""
+    not_merging: str | None
+    """Why some of it, or all, is not merged: the engine is closed, or a parent's, or has refused it."""
+
+    def keys(self) -> list[str]:
+        """Return the names."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: str, /) -> bool: ...
+    def __sub__(self, earlier: AllocatorStats, /) -> AllocatorStats: ...
+
+@final
+class Block:
+    """Memory of an allocator: what :meth:`Allocator.allocate` returns.
+
+    A writable buffer of bytes (``memoryview(block)``, ``numpy.frombuffer(block)``), zero at first. It
+    begins on a page, and is freed with its last view.
+
+    Used as a context manager, it is released at the end. (If that is left by an exception, views that
+    the exception still holds keep the block.)
+
+    Example:
+        >>> import pagemerge
+        >>> with pagemerge.Allocator().allocate(10_000) as block:
+        ...     with memoryview(block) as view:
+        ...         view[:5] = b"bytes"
+        ...         bytes(view[:5])
+        b'bytes'
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes, also when it has been released."""
+
+    @property
+    def allocator(self) -> _Allocator:
+        """The allocator that has it."""
+
+    @property
+    def released(self) -> bool:
+        """Whether :meth:`release` has been called."""
+
+    def release(self) -> None:
+        """Give the memory back now. Releasing twice is fine.
+
+        Raises:
+            BufferError: Views of it exist.
+        """
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, view: memoryview, /) -> None: ...
+    def __enter__(self) -> Block: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class NumpyContext:
+    """What :meth:`Allocator.numpy` returns, for ``with``."""
+
+    @property
+    def threshold(self) -> int:
+        """Arrays of fewer bytes are left to numpy."""
+
+    def __enter__(self) -> NumpyContext: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
 
 def capabilities() -> Capabilities:
     """Return what can be done here, and why not more.

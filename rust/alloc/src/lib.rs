@@ -5,3 +5,6 @@
 //! from the start (`store`).
 //!
 //! No system call and no `unsafe` is in this crate: both stand on what `pagemerge_linux` offers.
+#![forbid(unsafe_code)]
+
+pub mod allocator;

@@ -7,12 +7,14 @@
 //! * A handle that has crossed a fork does nothing but say so; dropping it does nothing at all.
 //! * The last handle un-merges everything before it is gone: no memory is let go merged.
 
+use crate::eligible::Eligible;
 use crate::error::Error;
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings};
 use crate::space::{LinuxSpace, SpaceStats};
 use crate::sys::Span;
 use crate::sys::live::Live;
+use crate::sys::mapping::Mapping;
 use crate::sys::phase::{Phase, enter};
 use crate::{ballast, fork, sys, worker};
 use pagemerge_core::{
@@ -48,6 +50,24 @@ pub struct RegionHandle {
     pub addr: usize,
 }
 
+impl RegionHandle {
+    /// A new one, for these whole pages.
+    fn of(span: Span) -> Result<Self, Error> {
+        let pages = u32::try_from(span.pages()).map_err(|_| {
+            Error::Limit(format!(
+                "a region has at most {} pages, got {}",
+                u32::MAX,
+                span.pages()
+            ))
+        })?;
+        Ok(Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            pages,
+            addr: span.start,
+        })
+    }
+}
+
 /// The counters of an engine at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineStats {
@@ -78,6 +98,8 @@ struct Member {
     /// The buffer as it was given, partial pages included.
     buffer: Span,
     domain: String,
+    /// The mapping of an arena: a region of our own memory has a share of it.
+    own: Option<Arc<Mapping>>,
 }
 
 /// What a slice of synchronous work tells its caller.
@@ -275,6 +297,45 @@ impl EngineState {
         self.space.overlap(span)
     }
 
+    /// How many of them are arenas'.
+    fn overlap_with_arenas(&self, span: Span) -> usize {
+        self.regions
+            .values()
+            .filter_map(|member| member.own.as_ref()?.span().intersection(span))
+            .map(Span::pages)
+            .sum()
+    }
+
+    /// An arena, whose mapping was made a moment ago.
+    pub(crate) fn register_own(
+        &mut self,
+        mapping: Arc<Mapping>,
+        domain: &str,
+    ) -> Result<RegionHandle, Error> {
+        let live = Live::own(&mapping);
+        let handle = RegionHandle::of(live.span())?;
+        self.register(handle, live, live.span(), domain, Some(mapping))?;
+        Ok(handle)
+    }
+
+    /// The end of an arena: its bytes are nobody's, so nothing is given back to it. What windows left of it
+    /// in userfaultfd goes with the mapping, which this gives the region's share of back.
+    pub(crate) fn end_own(&mut self, handle: RegionHandle) -> Result<(), Error> {
+        let _phase = enter(Phase::Forget);
+        let id = self.region(handle)?;
+        self.scanner.forget(&mut self.space, id)?;
+        self.space.remove_region(id);
+        self.drop_handle(handle);
+        Ok(())
+    }
+
+    /// Stops, and un-merges all that its owners have registered themselves. Arenas stay.
+    fn release(&mut self) -> Result<(), Error> {
+        let _phase = enter(Phase::Close);
+        self.set_run(RunMode::Stop)?;
+        self.unmerge_all(|member| member.own.is_none())
+    }
+
     fn region(&self, handle: RegionHandle) -> Result<RegionId, Error> {
         self.regions
             .get(&handle.id)
@@ -288,6 +349,7 @@ impl EngineState {
         live: Live,
         buffer: Span,
         domain: &str,
+        own: Option<Arc<Mapping>>,
     ) -> Result<(), Error> {
         let _phase = enter(Phase::Register);
         // Its directories grow with its size, if slowly.
@@ -305,7 +367,11 @@ impl EngineState {
             id
         } else {
             self.space.untrack_again();
-            let found = self.space.check_mergeable(live.span())?;
+            // What we have just mapped can be merged: the list of mappings need not be read for that.
+            let found = match own {
+                Some(_) => Eligible::default(),
+                None => self.space.check_mergeable(live.span())?,
+            };
             let got = self
                 .scanner
                 .register(handle.pages, domain)
@@ -322,6 +388,7 @@ impl EngineState {
             id,
             buffer,
             domain: domain.to_owned(),
+            own,
         };
         self.regions.insert(handle.id, member);
         if self.scanner.run() == RunMode::Merge && self.due.is_none() {
@@ -472,7 +539,7 @@ impl EngineState {
         Ok(count)
     }
 
-    fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
+    pub(crate) fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
         let _phase = enter(Phase::Discard);
         let (first, pages) = self.space.discard(addr, len)?;
         self.scanner.vacated(&mut self.space, first, pages)
@@ -575,9 +642,14 @@ impl EngineState {
     /// Un-merges everything. What cannot be un-merged stays merged, and the engine with it.
     fn close(&mut self) -> Result<(), Error> {
         let _phase = enter(Phase::Close);
+        self.unmerge_all(|_| true)
+    }
+
+    fn unmerge_all(&mut self, which: impl Fn(&Member) -> bool) -> Result<(), Error> {
         let all: Vec<(RegionHandle, RegionId)> = self
             .regions
             .values()
+            .filter(|member| which(member))
             .map(|member| (member.handle, member.id))
             .collect();
         let regions: Vec<RegionId> = all.iter().map(|(_, id)| *id).collect();
@@ -656,6 +728,16 @@ impl Engine {
         })))
     }
 
+    /// Its number on the merging thread.
+    pub(crate) fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// Whether this process made it.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.0.epoch == fork::epoch()
+    }
+
     fn on<R: Send + 'static>(
         &self,
         work: impl FnOnce(&mut EngineState) -> Result<R, Error> + Send + 'static,
@@ -699,17 +781,7 @@ impl Engine {
                 page_size: page,
             });
         }
-        let pages = u32::try_from(pages).map_err(|_| {
-            Error::Limit(format!(
-                "a region has at most {} pages, got {pages}",
-                u32::MAX
-            ))
-        })?;
-        let handle = RegionHandle {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            pages,
-            addr: start,
-        };
+        let handle = RegionHandle::of(Span::between(start, end))?;
         let domain = domain.to_owned();
         // SAFETY: our caller promises that the memory stays mapped as it is until the region is
         // dropped; that it is private anonymous memory is checked before anything touches it.
@@ -727,10 +799,16 @@ impl Engine {
             {
                 0 => stage
                     .on(id, |engine| {
-                        engine.register(handle, live, Span::new(addr, len), &domain)
+                        engine.register(handle, live, Span::new(addr, len), &domain, None)
                     })
                     .and_then(|done| done),
-                pages => Err(Error::Overlaps { pages }),
+                pages => {
+                    let span = live.span();
+                    match stage.engines().map(|e| e.overlap_with_arenas(span)).sum() {
+                        0 => Err(Error::Overlaps { pages }),
+                        pages => Err(Error::InArena { pages }),
+                    }
+                }
             }
         })??;
         Ok(handle)
@@ -961,6 +1039,18 @@ impl Engine {
         let mut log = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);
         let dropped = std::mem::take(&mut log.dropped);
         (log.events.drain(..).collect(), dropped)
+    }
+
+    /// Stops background merging and un-merges all regions but arenas: for whoever drops his handle of an
+    /// engine whose arenas others still use. It ends with the last of them.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close). A closed engine is fine.
+    pub fn release(&self) -> Result<(), Error> {
+        match self.on(EngineState::release) {
+            Err(Error::Closed) => Ok(()),
+            other => other,
+        }
     }
 
     /// Un-merges everything and ends the engine; later calls say [`Error::Closed`]. Closing twice

@@ -47,6 +47,15 @@ pub enum Error {
         /// How many pages are registered already.
         pages: usize,
     },
+    /// The memory is an allocator's, which has registered it itself.
+    #[error(
+        "cannot register this buffer: {pages} of its pages are an allocator's, and registered with the \
+         allocator's engine from the beginning; merge them there: allocator.engine.settle(), or start()"
+    )]
+    InArena {
+        /// How many pages are in arenas.
+        pages: usize,
+    },
     /// The region is not registered with this engine (any more).
     #[error("this region is not registered with this engine any more")]
     NotRegistered,

@@ -12,6 +12,8 @@
 //! * H3. Each job is run once, in order, and its sender gets an answer or learns that it panicked. Once
 //!   a job that stops the background work has been answered, no slice of that work runs any more.
 //! * H4. What is [made once](made_once) is made once, and never while a fork is under way.
+//! * H5. Between [`Turnstile::shut`] and [`Turnstile::open`] nobody is inside, and whoever shut it sees what
+//!   those who were inside have done.
 
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -54,6 +56,76 @@ impl Gate {
     }
 
     pub(crate) fn open(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+}
+
+/// Lets any number of threads in, except while it is shut: what they do inside is whole when a fork
+/// copies it. The highest bit says that it is shut, the others how many are inside.
+#[derive(Debug)]
+pub(crate) struct Turnstile(AtomicU32);
+
+const SHUT: u32 = 1 << 31;
+
+impl Turnstile {
+    /// `state` is 0, for one that is open and empty.
+    pub(crate) const fn of(state: AtomicU32) -> Self {
+        Self(state)
+    }
+
+    /// Waits until it is open, and goes in. `wait` is called as for [`Gate::close`].
+    pub(crate) fn enter(&self, mut wait: impl FnMut(u32)) {
+        let mut looks = 0;
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            if seen & SHUT != 0 {
+                looks += 1;
+                wait(looks);
+                seen = self.0.load(Ordering::Relaxed);
+                continue;
+            }
+            let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
+            match self
+                .0
+                .compare_exchange_weak(seen, seen + 1, success, failure)
+            {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    pub(crate) fn leave(&self) {
+        // In the child of a raw fork, those who were inside may have been forgotten meanwhile.
+        let mut seen = self.0.load(Ordering::Relaxed);
+        while seen & !SHUT != 0 {
+            let (success, failure) = (Ordering::Release, Ordering::Relaxed);
+            match self
+                .0
+                .compare_exchange_weak(seen, seen - 1, success, failure)
+            {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Lets nobody in any more, and waits until nobody is inside.
+    pub(crate) fn shut(&self, mut wait: impl FnMut(u32)) {
+        self.0.fetch_or(SHUT, Ordering::Acquire);
+        let mut looks = 0;
+        while self.0.load(Ordering::Acquire) != SHUT {
+            looks += 1;
+            wait(looks);
+        }
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.fetch_and(!SHUT, Ordering::Release);
+    }
+
+    /// Forgets who was inside: threads that a fork has left behind.
+    pub(crate) fn empty(&self) {
         self.0.store(0, Ordering::Release);
     }
 }

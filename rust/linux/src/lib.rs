@@ -7,6 +7,7 @@
 //! # The rooms
 //! * `engine`: what callers hold. Every call that touches memory becomes a job of
 //! * `worker`: the one merging thread of the process, with a descriptor table of its own.
+//! * `arena`: memory of our own, registered from its first byte to its last, for allocators.
 //! * `space`: the algorithm's door to memory: observes pages, and carries out requests in
 //! * `window`: the short time in which pages are held still, compared and mapped over.
 //! * `restore`: un-merging, back into anonymous memory.
@@ -17,6 +18,7 @@
 //! * `sys`: every system call, and all `unsafe` but the promise in [`Engine::register`].
 
 pub mod accounting;
+mod arena;
 mod ballast;
 mod barrier;
 mod bitmap;
@@ -43,8 +45,10 @@ mod watch;
 mod window;
 mod worker;
 
+pub use arena::{Arena, Run};
 pub use engine::{Engine, EngineStats, RegionHandle};
 pub use error::Error;
+pub use fork::{ForkGuard, ForkLock, generation as fork_generation};
 #[doc(hidden)]
 pub use hash::digest_all;
 #[cfg(feature = "inject")]

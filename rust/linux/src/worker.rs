@@ -261,6 +261,16 @@ pub(crate) fn call<R: Send + 'static>(
         .map_err(Error::Worker)
 }
 
+/// Has `work` done on the merging thread, and does not wait for it.
+pub(crate) fn post(work: impl FnOnce(&mut Stage) + Send + 'static) -> Result<(), Error> {
+    if !ballast::has_room_for_a_job() {
+        return Err(Error::no_memory("hand work to the merging thread"));
+    }
+    sender()?
+        .send(Box::new(work))
+        .map_err(|_| Error::Worker("it is gone".into()))
+}
+
 /// Runs `work` on the merging thread, on the engine called `id`, and waits for its result.
 pub(crate) fn call_engine<R: Send + 'static>(
     id: u64,

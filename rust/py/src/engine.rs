@@ -35,6 +35,11 @@ pub(crate) fn _exiting() {
     EXITING.store(true, Ordering::Relaxed);
 }
 
+/// Whether nothing is given back any more, since the process is about to do that.
+pub(crate) fn is_exiting() -> bool {
+    EXITING.load(Ordering::Relaxed)
+}
+
 /// What is registered. Without an export the owner's end is hooked.
 type Held = HashMap<RegionHandle, Option<Export>>;
 
@@ -114,13 +119,15 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let inner = self.inner.take();
         let held = mem::take(self.held.get_mut().unwrap_or_else(PoisonError::into_inner));
-        if !self.is_ours() || EXITING.load(Ordering::Relaxed) {
+        if !self.is_ours() || is_exiting() {
             mem::forget((inner, held));
             return;
         }
         let Some(inner) = inner else { return };
-        let closed = Python::try_attach(|py| py.detach(|| inner.close().is_ok()));
-        if closed == Some(true) {
+        // What arenas have stays merged: it is their users', and ends with the last of them.
+        let released = Python::try_attach(|py| py.detach(|| inner.release().is_ok()));
+        if released == Some(true) {
+            Python::try_attach(|py| py.detach(|| drop(inner)));
             drop(held);
         } else {
             // Something stays merged, so its owner must stay too.

@@ -53,6 +53,7 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
         Error::Setting(_)
         | Error::TooSmall { .. }
         | Error::Overlaps { .. }
+        | Error::InArena { .. }
         | Error::NotRegistered
         | Error::NotInRegion { .. }
         | Error::NotInBuffer { .. } => PyValueError::new_err(message),

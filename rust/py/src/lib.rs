@@ -10,11 +10,13 @@
 //! * In a forked child every method answers `ForkedError` before it takes any lock, because
 //!   another thread of the parent may have held it when the process was copied.
 
+mod allocator;
 mod buffer;
 mod capabilities;
 mod engine;
 mod error;
 mod evaluation;
+mod numpy;
 mod region;
 mod settings;
 mod signals;
@@ -26,6 +28,8 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use crate::allocator::{Allocator, Block};
+    #[pymodule_export]
     use crate::buffer::{_owner, _span};
     #[pymodule_export]
     use crate::capabilities::{Capabilities, capabilities};
@@ -34,11 +38,13 @@ mod _core {
     #[pymodule_export]
     use crate::evaluation::{evaluate_files, evaluate_memory};
     #[pymodule_export]
+    use crate::numpy::NumpyContext;
+    #[pymodule_export]
     use crate::region::Region;
     #[pymodule_export]
     use crate::settings::{Settings, kernel_defaults};
     #[pymodule_export]
-    use crate::stats::{RegionStats, Stats, memory_usage};
+    use crate::stats::{AllocatorStats, RegionStats, Stats, memory_usage};
 
     use pyo3::prelude::*;
 

@@ -199,6 +199,27 @@ impl From<pagemerge_core::RegionStats> for RegionStats {
     }
 }
 
+counters! {
+    /// An allocator's counters at one moment. See the type stub for user documentation.
+    AllocatorStats
+    counters { allocations, live_bytes, held_bytes, reserved_bytes, metadata_bytes, arenas }
+    others { not_merging: Option<String> }
+}
+
+impl From<pagemerge_alloc::allocator::AllocatorStats> for AllocatorStats {
+    fn from(stats: pagemerge_alloc::allocator::AllocatorStats) -> Self {
+        Self {
+            allocations: signed(stats.allocations),
+            live_bytes: signed(stats.live_bytes),
+            held_bytes: signed(stats.held_bytes),
+            reserved_bytes: signed(stats.reserved_bytes),
+            metadata_bytes: signed(stats.metadata_bytes),
+            arenas: signed(stats.arenas),
+            not_merging: stats.not_merging,
+        }
+    }
+}
+
 /// What this process takes, in bytes, as the kernel accounts for it.
 #[pyfunction]
 pub(crate) fn memory_usage(py: Python<'_>) -> PyResult<BTreeMap<&'static str, u64>> {

@@ -1,6 +1,7 @@
 //! The user's memory, with its owner's promise as a value.
 //!
-//! [`Live`] is made in one place, where a caller registers memory and promises to keep it mapped.
+//! [`Live`] is made where a caller registers memory and promises to keep it mapped, and for memory of our
+//! own (an arena), whose mapping the region has a share of.
 //! Whoever holds one may do to that memory what a merge needs, through safe methods that answer
 //! for the floor's demands with that promise, and with two rules of this module:
 //!
@@ -18,6 +19,7 @@ use super::{Call, Errno, Progress, Span, asked, checked, memory, to_usize};
 use crate::hash::PageHasher;
 use pagemerge_core::Digest;
 use std::cmp::Ordering;
+use std::sync::Arc;
 
 /// How often the kernel is asked to let children have a page.
 const INHERITING_TRIES: u32 = 100;
@@ -34,6 +36,11 @@ impl Live {
     pub(crate) unsafe fn promised(span: Span) -> Self {
         assert!(span.is_page_aligned(), "{span} is not made of whole pages");
         Self(span)
+    }
+
+    /// Memory of our own. Whoever has the value keeps a share of the mapping as long.
+    pub(crate) fn own(mapping: &Arc<Mapping>) -> Self {
+        Self(mapping.span())
     }
 
     pub(crate) fn span(self) -> Span {

@@ -252,6 +252,60 @@ impl Mapping {
         unsafe { place.read_volatile() }
     }
 
+    /// Makes `len` bytes from `offset` on zero by writing them.
+    ///
+    /// # Panics
+    /// When that is not inside; the same holds for the next three.
+    pub(crate) fn zero(&self, offset: usize, len: usize) {
+        let at = self.span.part(offset, len).as_mut_ptr();
+        // SAFETY: inside our own mapping (just checked), which has no references into it. Where it is
+        // not writable the program ends here, as for any such store.
+        unsafe { at.write_bytes(0, len) };
+    }
+
+    /// Writes `bytes` at `offset`.
+    pub(crate) fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        let at = self.span.part(offset, bytes.len()).as_mut_ptr();
+        // SAFETY: as for `zero`. A slice lies elsewhere, since no reference points into a mapping.
+        unsafe { bytes.as_ptr().copy_to_nonoverlapping(at, bytes.len()) };
+    }
+
+    /// Reads what is at `offset`.
+    pub(crate) fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        let at = self.span.part(offset, into.len()).as_ptr();
+        // SAFETY: inside our own mapping (just checked) and readable, or the program ends here.
+        unsafe { super::memory::copy(at, into) };
+    }
+
+    /// Copies `len` bytes of `from`, beginning at `there`, to `offset`. The two places may overlap.
+    pub(crate) fn copy_from(&self, offset: usize, from: &Mapping, there: usize, len: usize) {
+        let to = self.span.part(offset, len).as_mut_ptr();
+        let from = from.span.part(there, len).as_ptr();
+        // SAFETY: both are inside mappings of our own (just checked), without references into them.
+        unsafe { from.copy_to(to, len) };
+    }
+
+    /// Maps fresh zeroes over `part` of it, whatever was mapped there.
+    ///
+    /// # Errors
+    /// [`MapStop`]; it is as it was, unless memory was what was missing.
+    pub(crate) fn blank(&self, part: Span) -> Result<(), MapStop> {
+        assert!(
+            self.span.covers(part),
+            "{part} is not inside the mapping {}",
+            self.span
+        );
+        loop {
+            // SAFETY: ours (just checked), mapped while `self` lives, and its owner wants to lose the
+            // bytes.
+            match unsafe { map_fresh(part) } {
+                // The kernel has taken the old mapping away, and nothing but trying again fills the hole.
+                Err(MapStop::NoMemory) if !is_mapped(part) => give_way(),
+                other => return other,
+            }
+        }
+    }
+
     /// Gives the addresses up without unmapping them: they belong to somebody else from here on.
     pub(crate) fn into_span(self) -> Span {
         let span = self.span;
