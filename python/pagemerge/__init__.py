@@ -1,18 +1,22 @@
 """Kernel samepage merging, run by the program itself.
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
-by step, with its own settings, counters and domains. :func:`evaluate` says what there is to gain,
-:func:`capabilities` what this machine allows.
+by step, with its own settings, counters and domains. A :class:`Store` keeps bytes, each content
+once from the start. :func:`evaluate` says what there is to gain, :func:`capabilities` what this
+machine allows.
 """
 
 from pagemerge._core import (
     PAGE_SIZE,
+    Blob,
     Capabilities,
     Engine,
     Region,
     RegionStats,
     Settings,
     Stats,
+    Store,
+    StoreStats,
     __version__,
     capabilities,
     kernel_defaults,
@@ -25,6 +29,7 @@ from pagemerge._errors import (
     Error,
     ForkedError,
     NotMergeableError,
+    StoreFullError,
     UnavailableError,
     UnmergeError,
 )
@@ -35,6 +40,7 @@ __all__ = [
     "PAGE_SIZE",
     "AdvisorMode",
     "Barrier",
+    "Blob",
     "BusyError",
     "Capabilities",
     "ClosedError",
@@ -51,6 +57,9 @@ __all__ = [
     "RunMode",
     "Settings",
     "Stats",
+    "Store",
+    "StoreFullError",
+    "StoreStats",
     "TreeOrder",
     "UnavailableError",
     "UnmergeError",

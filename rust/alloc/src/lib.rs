@@ -5,3 +5,7 @@
 //! from the start (`store`).
 //!
 //! No system call and no `unsafe` is in this crate: both stand on what `pagemerge_linux` offers.
+
+pub mod store;
+
+pub use store::{Blob, Store, StoreStats, Window};

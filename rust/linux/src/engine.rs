@@ -8,6 +8,7 @@
 //! * The last handle un-merges everything before it is gone: no memory is let go merged.
 
 use crate::error::Error;
+use crate::extent::{Digester, Extent, Lot};
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings};
 use crate::space::{LinuxSpace, SpaceStats};
@@ -478,6 +479,18 @@ impl EngineState {
         self.scanner.vacated(&mut self.space, first, pages)
     }
 
+    /// An extent's pages come back one by one.
+    pub(crate) fn take_back(&mut self, generation: u32, runs: impl Iterator<Item = (u32, u32)>) {
+        let _phase = enter(Phase::Settle);
+        self.space.take_back(generation, runs);
+    }
+
+    /// An extent has ended.
+    pub(crate) fn end_lot(&mut self, generation: u32, pages: u32) {
+        let _phase = enter(Phase::Settle);
+        self.space.end_lot(generation, pages);
+    }
+
     fn set_run(&mut self, run: RunMode) -> Result<(), Error> {
         if run == RunMode::Merge && self.space.barrier() == Barrier::None {
             return Err(Error::NeedsBarrier {
@@ -843,6 +856,39 @@ impl Engine {
             }
         }
         Ok(last)
+    }
+
+    /// Lends fresh neighbouring slots of this engine's frames: see [`Extent`].
+    ///
+    /// # Errors
+    /// A closed or forked engine, no mapping left, or a limit of this process that makes frames
+    /// impossible.
+    pub fn lend_extent(&self, pages: u32) -> Result<Extent, Error> {
+        let id = self.0.id;
+        self.on(move |engine| {
+            let (generation, first, write, read) = engine.space.lend(pages)?;
+            let lot = Lot {
+                engine: id,
+                generation,
+                first,
+                pages,
+            };
+            Ok(Extent::new(lot, write, read))
+        })
+    }
+
+    /// The hash by which this engine orders pages, for bytes of the caller's.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn digester(&self) -> Result<Digester, Error> {
+        self.on(|engine| Ok(Digester::new(engine.space.key())))
+    }
+
+    /// Whether this process is the one that made the engine.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        self.0.epoch == fork::epoch()
     }
 
     /// `run = 1`: merges in the background.

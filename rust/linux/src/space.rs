@@ -55,7 +55,7 @@ use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings, Remerge};
 use crate::survey::Survey;
 use crate::sys::live::Live;
-use crate::sys::mapping::is_mapped;
+use crate::sys::mapping::{Mapping, is_mapped};
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap};
 use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::Procmap;
@@ -76,6 +76,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Pages of `digest` below which no extra threads are worth their start.
@@ -174,7 +175,7 @@ pub(crate) struct LinuxSpace {
     spare: Option<Userfaultfd>,
     windows: Windows,
     frames: FrameStore,
-    key: HashKey,
+    key: Arc<HashKey>,
     regions: BTreeMap<u32, Region>,
     by_id: HashMap<RegionId, u32>,
     remerge: Remerge,
@@ -269,7 +270,7 @@ impl LinuxSpace {
                 watching_uffd(chosen).ok()
             },
             windows,
-            key: HashKey::draw()?,
+            key: Arc::new(HashKey::draw()?),
             regions: BTreeMap::new(),
             by_id: HashMap::new(),
             remerge: settings.remerge,
@@ -391,6 +392,28 @@ impl LinuxSpace {
     /// A step of the scan begins: what was known of mappings may have changed since the last one.
     pub(crate) fn begin_step(&mut self) {
         self.readable = Span::default();
+    }
+
+    /// The secret of this engine's digests.
+    pub(crate) fn key(&self) -> Arc<HashKey> {
+        Arc::clone(&self.key)
+    }
+
+    /// Lends fresh slots.
+    pub(crate) fn lend(&mut self, pages: u32) -> Result<(u32, u32, Mapping, Mapping), Error> {
+        self.frames.lend(pages)
+    }
+
+    /// Lent slots are read by nobody any more.
+    pub(crate) fn take_back(&mut self, generation: u32, runs: impl Iterator<Item = (u32, u32)>) {
+        self.frames.take_back(generation, runs);
+        self.frames.punch_dead();
+    }
+
+    /// An extent is gone.
+    pub(crate) fn end_lot(&mut self, generation: u32, pages: u32) {
+        self.frames.end_lot(generation, pages);
+        self.frames.punch_dead();
     }
 
     /// Gives back what nobody shows any more. Cheap when there is nothing.

@@ -261,6 +261,21 @@ pub(crate) fn call<R: Send + 'static>(
         .map_err(Error::Worker)
 }
 
+/// Has `work` done on the merging thread, on the engine called `id`, and waits for nothing. Where there
+/// is no such thread or engine any more it is not done.
+pub(crate) fn post(id: u64, work: impl FnOnce(&mut EngineState) + Send + 'static) {
+    let Some(worker) = own() else { return };
+    let job: Job = Box::new(move |stage| {
+        if let Err(error) = stage.on(id, work)
+            && !matches!(error, Error::Closed)
+        {
+            tracing::error!(%error, "an engine was left a note and failed");
+        }
+    });
+    // Nobody reads notes any more: the process is ending.
+    let _ = worker.jobs.send(job);
+}
+
 /// Runs `work` on the merging thread, on the engine called `id`, and waits for its result.
 pub(crate) fn call_engine<R: Send + 'static>(
     id: u64,

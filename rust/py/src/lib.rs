@@ -19,6 +19,7 @@ mod region;
 mod settings;
 mod signals;
 mod stats;
+mod store;
 
 use pyo3::prelude::*;
 
@@ -38,7 +39,9 @@ mod _core {
     #[pymodule_export]
     use crate::settings::{Settings, kernel_defaults};
     #[pymodule_export]
-    use crate::stats::{RegionStats, Stats, memory_usage};
+    use crate::stats::{RegionStats, Stats, StoreStats, memory_usage};
+    #[pymodule_export]
+    use crate::store::{Blob, Store};
 
     use pyo3::prelude::*;
 

@@ -24,6 +24,7 @@ pub(crate) mod canary;
 pub(crate) mod files;
 #[cfg(feature = "inject")]
 pub mod inject;
+pub(crate) mod kept;
 pub(crate) mod leaked;
 pub(crate) mod live;
 pub(crate) mod mapping;
@@ -335,6 +336,7 @@ calls! {
     Munmap,
     Mremap,
     MremapPages,
+    MremapCopy,
     #[cfg(test)]
     Mprotect,
     #[cfg(test)]
