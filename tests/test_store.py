@@ -714,7 +714,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 assert [bytes(blob) for blob in blobs] == contents
 for n, blob in enumerate(more):
     assert blob == value(n)
-del more
+del more, blob
 after = store.stats()
 assert (after.entries, after.logical_bytes, after.unique_bytes) == (
     before.entries, before.logical_bytes, before.unique_bytes), (before, after)

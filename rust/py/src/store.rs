@@ -248,8 +248,9 @@ impl Blob {
         if known != -1 {
             return Ok(known);
         }
-        // That of bytes with the same content, since those are equal to it.
-        let hash = PyMemoryView::from(slf.as_any())?.hash()?;
+        // That of bytes with the same content, since those are equal to it. Only Python can make it,
+        // and only of bytes (a memoryview asks its exporter, which is this very blob).
+        let hash = slf.get().__bytes__(slf.py())?.hash()?;
         slf.get().hash.store(hash, Ordering::Relaxed);
         Ok(hash)
     }
