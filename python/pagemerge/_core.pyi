@@ -565,9 +565,9 @@ class Blob:
     Like ``bytes``: it has a length, an index gives a number and a slice a blob (without copying),
     it equals bytes-like objects of the same content, and has the hash that ``bytes`` of that
     content have. It has the buffer protocol, read-only and in one piece: ``memoryview(blob)``
-    copies nothing where the bytes lie in one piece already. Where they do not (odd tails, pages
-    that are shared with other values), they are laid side by side while views live: large ones by
-    mapping, the others by copying. :meth:`segments` does without.
+    copies nothing where the bytes lie in one piece already, as those of values do that share no
+    page with others (but for odd tails of values under some 100 KB). Where they do not they are
+    copied side by side while views live. :meth:`segments` does without.
 
     The value's bytes go when the last blob of it, and the last view, has gone. A pickled blob
     becomes plain ``bytes``.
@@ -629,10 +629,8 @@ class StoreStats:
     """Puts, ever."""
     hits: int
     """Puts whose value was there already, ever."""
-    mapped_bytes: int
-    """Bytes mapped side by side for views now, in the whole process: mappings, but no memory."""
     copied_bytes: int
-    """Bytes copied side by side for views now, in the whole process."""
+    """Bytes copied side by side for views that live now, in the whole process."""
 
     def keys(self) -> list[str]:
         """Return the names."""

@@ -215,4 +215,5 @@ fn engine_merges_beside_a_store_with_the_same_pages() {
     drop(store);
     let stats = engine.stats().unwrap();
     assert_eq!(stats.space.frames_bytes, 0, "nothing is left in the file");
+    assert_eq!(stats.core.regions, 0, "nothing is left registered");
 }

@@ -8,12 +8,13 @@
 //! * The last handle un-merges everything before it is gone: no memory is let go merged.
 
 use crate::error::Error;
-use crate::extent::{Digester, Extent, Lot};
+use crate::extent::{Digester, Extent};
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings};
 use crate::space::{LinuxSpace, SpaceStats};
 use crate::sys::Span;
 use crate::sys::live::Live;
+use crate::sys::mapping::Mapping;
 use crate::sys::phase::{Phase, enter};
 use crate::{ballast, fork, sys, worker};
 use pagemerge_core::{
@@ -81,6 +82,21 @@ struct Member {
     domain: String,
 }
 
+/// Memory that is lent ([`Extent`]).
+struct Lot {
+    /// Held until its region has ended, which is what the region's promise rests on.
+    memory: Arc<Mapping>,
+    domain: String,
+    state: LotState,
+}
+
+enum LotState {
+    /// There has been nothing to compare it with.
+    Waiting,
+    Registered(RegionHandle),
+    Refused,
+}
+
 /// What a slice of synchronous work tells its caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Slice {
@@ -114,6 +130,10 @@ pub(crate) struct EngineState {
     space: LinuxSpace,
     settings: EngineSettings,
     regions: HashMap<u64, Member>,
+    /// What is lent, by its number.
+    lots: HashMap<u64, Lot>,
+    /// Some may be waiting to be registered.
+    lots_wait: bool,
     /// Unregistered regions whose records the scanner still has (`lagging_records`).
     lagging: HashMap<(usize, u32, String), RegionId>,
     started: Instant,
@@ -147,6 +167,8 @@ impl EngineState {
             space,
             settings,
             regions: HashMap::new(),
+            lots: HashMap::new(),
+            lots_wait: false,
             lagging: HashMap::new(),
             started: Instant::now(),
             cpu_nanos: 0,
@@ -182,6 +204,7 @@ impl EngineState {
             return Err(Error::no_memory("scan"));
         }
         if self.between_scans {
+            self.register_lots();
             self.space.begin_pass(self.scanner.has_swept());
             self.between_scans = false;
         }
@@ -271,9 +294,15 @@ impl EngineState {
         })
     }
 
-    /// Pages of `span` that are registered with this engine.
+    /// Pages of `span` that are registered with this engine, or lent by it.
     fn overlap(&self, span: Span) -> usize {
-        self.space.overlap(span)
+        let lent = self
+            .lots
+            .values()
+            .filter_map(|lot| lot.memory.span().intersection(span));
+        self.space
+            .overlap(span)
+            .max(lent.map(Span::pages).sum::<usize>())
     }
 
     fn region(&self, handle: RegionHandle) -> Result<RegionId, Error> {
@@ -473,22 +502,92 @@ impl EngineState {
         Ok(count)
     }
 
-    fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
+    pub(crate) fn discard(&mut self, addr: usize, len: usize) -> Result<(), Error> {
         let _phase = enter(Phase::Discard);
         let (first, pages) = self.space.discard(addr, len)?;
         self.scanner.vacated(&mut self.space, first, pages)
     }
 
-    /// An extent's pages come back one by one.
-    pub(crate) fn take_back(&mut self, generation: u32, runs: impl Iterator<Item = (u32, u32)>) {
-        let _phase = enter(Phase::Settle);
-        self.space.take_back(generation, runs);
+    /// Takes note of memory that is lent.
+    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String) {
+        let lot = Lot {
+            memory,
+            domain,
+            state: LotState::Waiting,
+        };
+        self.lots.insert(number, lot);
+        self.lots_wait = true;
     }
 
-    /// An extent has ended.
-    pub(crate) fn end_lot(&mut self, generation: u32, pages: u32) {
-        let _phase = enter(Phase::Settle);
-        self.space.end_lot(generation, pages);
+    /// Registers what is lent, once there is other memory that it might equal.
+    fn register_lots(&mut self) {
+        if !self.lots_wait || !self.lots_may_merge() {
+            return;
+        }
+        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
+        if registered.count() == self.regions.len() {
+            return;
+        }
+        self.lots_wait = false;
+        let waiting: Vec<u64> = self
+            .lots
+            .iter()
+            .filter(|(_, lot)| matches!(lot.state, LotState::Waiting))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in waiting {
+            let Some(lot) = self.lots.get(&number) else {
+                continue;
+            };
+            let (span, domain) = (lot.memory.span(), lot.domain.clone());
+            let handle = RegionHandle {
+                id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+                pages: u32::try_from(span.pages()).expect("an extent's pages fit"),
+                addr: span.start,
+            };
+            let live = Live::lent(&lot.memory);
+            // What is refused (locked memory is) is kept without sharing.
+            let state = match self.register(handle, live, span, &domain) {
+                Ok(()) => LotState::Registered(handle),
+                Err(error) => {
+                    tracing::debug!(%error, "lent memory is not merged");
+                    LotState::Refused
+                }
+            };
+            if let Some(lot) = self.lots.get_mut(&number) {
+                lot.state = state;
+            }
+        }
+    }
+
+    /// Without a barrier it is the callers who see to it that nobody writes while pages are merged, and
+    /// they cannot know who writes here.
+    fn lots_may_merge(&self) -> bool {
+        self.space.barrier() != Barrier::None
+    }
+
+    /// Whether a lot's memory may be merged.
+    pub(crate) fn has_registered(&self, number: u64) -> bool {
+        self.lots.get(&number).is_some_and(|lot| match lot.state {
+            LotState::Registered(handle) => self.regions.contains_key(&handle.id),
+            LotState::Waiting | LotState::Refused => false,
+        })
+    }
+
+    /// Whoever was lent this memory has no use for it any more.
+    pub(crate) fn end_lot(&mut self, number: u64) {
+        let Some(lot) = self.lots.get(&number) else {
+            return;
+        };
+        if let LotState::Registered(handle) = lot.state
+            && self.regions.contains_key(&handle.id)
+            && let Err(error) = self.forget(handle)
+        {
+            // Its memory stays for as long as something of it may be merged.
+            tracing::warn!(%error, "lent memory could not be taken back");
+            return;
+        }
+        self.lots.remove(&number);
     }
 
     fn set_run(&mut self, run: RunMode) -> Result<(), Error> {
@@ -858,23 +957,21 @@ impl Engine {
         Ok(last)
     }
 
-    /// Lends fresh neighbouring slots of this engine's frames: see [`Extent`].
+    /// Lends memory that this engine knows of: as soon as it has other memory to merge, these pages may
+    /// share frames with it, within `domain`.
     ///
     /// # Errors
-    /// A closed or forked engine, no mapping left, or a limit of this process that makes frames
-    /// impossible.
-    pub fn lend_extent(&self, pages: u32) -> Result<Extent, Error> {
-        let id = self.0.id;
+    /// A closed or forked engine, no memory or no mapping left.
+    pub fn lend_extent(&self, pages: u32, domain: &str) -> Result<Extent, Error> {
+        let memory = Extent::map(pages)
+            .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
+        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let (known, domain) = (Arc::clone(&memory), domain.to_owned());
         self.on(move |engine| {
-            let (generation, first, write, read) = engine.space.lend(pages)?;
-            let lot = Lot {
-                engine: id,
-                generation,
-                first,
-                pages,
-            };
-            Ok(Extent::new(lot, write, read))
-        })
+            engine.add_lot(number, known, domain);
+            Ok(())
+        })?;
+        Ok(Extent::new(self.0.id, number, memory, pages))
     }
 
     /// The hash by which this engine orders pages, for bytes of the caller's.

@@ -6,8 +6,7 @@
 //! # Layout of a memfd
 //! * The *dense extent* from offset 0: single frames and short runs, one after the other. A lone
 //!   frame in a sparse range costs 593 bytes of kernel memory, a dense one 10.
-//! * The *lent* slots above it: extents for stores ([`crate::extent`]), dense, too.
-//! * *Mirrors* above that: one for each region, as long as the region. A run of at least
+//! * *Mirrors* above it: one for each region, as long as the region. A run of at least
 //!   [`MIRROR_RUN`] neighbouring pages takes the slots that mirror its place, so that neighbours
 //!   stay neighbours over batch borders, and a run of duplicates is one mapping.
 //!
@@ -54,8 +53,6 @@ pub(crate) const MIRROR_RUN: u32 = 8;
 /// Slots of a memfd: dense below, mirrors above.
 const SLOTS: u32 = 1 << 31;
 const DENSE_SLOTS: u32 = 1 << 28;
-/// From the end of the dense slots to here slots are lent.
-const LENT_END: u32 = 1 << 29;
 /// Slots of one view: 64 MiB with pages of 4 KiB.
 const VIEW_SLOTS: u32 = 1 << 14;
 
@@ -96,21 +93,13 @@ struct Generation {
     /// Full: no new frames.
     closed: bool,
     dense_next: u32,
-    lent_next: u32,
     mirror_next: u32,
     mirrors: HashMap<RegionId, Mirror>,
-    /// Slots of extents that somebody still has.
-    lent: u64,
     /// Frames that pages may show.
     alive: u64,
     /// Runs of slots whose frames are dead: (first, count).
     dead: Vec<(u32, u32)>,
     views: HashMap<u32, View>,
-}
-
-/// Whether a slot is one of those that are lent, and so not the frame store's to write or to clear.
-fn is_lent(slot: u32) -> bool {
-    (DENSE_SLOTS..LENT_END).contains(&slot)
 }
 
 fn file_size_limit() -> Option<u64> {
@@ -177,10 +166,8 @@ impl FrameStore {
                 forks: fork::forks(),
                 closed: false,
                 dense_next: 0,
-                lent_next: DENSE_SLOTS,
-                mirror_next: LENT_END,
+                mirror_next: DENSE_SLOTS,
                 mirrors: HashMap::new(),
-                lent: 0,
                 alive: 0,
                 dead: Vec::new(),
                 views: HashMap::new(),
@@ -204,7 +191,7 @@ impl FrameStore {
         if !current.closed && current.forks == fork::forks() {
             return Ok(());
         }
-        if !current.closed && current.alive == 0 && current.lent == 0 && current.dead.is_empty() {
+        if !current.closed && current.alive == 0 && current.dead.is_empty() {
             // No child can map what was never there.
             current.forks = fork::forks();
             return Ok(());
@@ -254,70 +241,6 @@ impl FrameStore {
             generation: number,
             index,
         })
-    }
-
-    /// Lends fresh neighbouring slots to somebody who writes them by memory: the generation, the first
-    /// slot, and two mappings, for writing and for reading.
-    pub(crate) fn lend(&mut self, pages: u32) -> Result<(u32, u32, Mapping, Mapping), Error> {
-        self.begin_batch()?;
-        if LENT_END - self.current().lent_next < pages {
-            if LENT_END - DENSE_SLOTS < pages {
-                return Err(Error::Limit(format!(
-                    "{pages} pages are more than can be lent in one piece"
-                )));
-            }
-            // Full, as far as lending goes: whatever comes next begins anew.
-            self.current().closed = true;
-            self.begin_generation()?;
-        }
-        let (number, page) = (self.current, self.page);
-        let generation = self.current();
-        let (first, bytes) = (generation.lent_next, pages as usize * page);
-        let map = |protection| {
-            let offset = u64::from(first) * page as u64;
-            let mapping = Mapping::file(
-                &generation.memfd,
-                offset,
-                bytes,
-                protection,
-                Sharing::Shared,
-            )
-            .map_err(|e| {
-                Error::os(
-                    format!("cannot map {bytes} bytes of frames to lend"),
-                    e.into(),
-                )
-            })?;
-            // Where huge pages are given unasked a lone page would take one. Where the kernel refuses a
-            // hint nothing is lost but some memory.
-            let _ = mapping.advise(Advice::NoHugePage);
-            Ok::<Mapping, Error>(mapping)
-        };
-        let (write, read) = (map(Protection::ReadWrite)?, map(Protection::Read)?);
-        // A child that wrote there would write its parent's pages.
-        write
-            .advise(Advice::DontFork)
-            .map_err(|e| Error::os("cannot keep lent frames from children (madvise)", e.into()))?;
-        generation.lent_next += pages;
-        generation.lent += u64::from(pages);
-        Ok((number, first, write, read))
-    }
-
-    /// Lent slots are read by nobody any more.
-    pub(crate) fn take_back(&mut self, generation: u32, runs: impl Iterator<Item = (u32, u32)>) {
-        if let Some(generation) = self.generations.get_mut(&generation) {
-            generation.dead.extend(runs);
-            self.has_dead = true;
-        }
-    }
-
-    /// An extent is gone, and with it whoever read its slots.
-    pub(crate) fn end_lot(&mut self, number: u32, pages: u32) {
-        if let Some(generation) = self.generations.get_mut(&number) {
-            generation.lent -= u64::from(pages);
-            // The generation may have been kept for it alone.
-            self.has_dead = true;
-        }
     }
 
     /// Copies live pages into as many fresh slots. Returns how many were written, and why it stopped
@@ -509,9 +432,8 @@ impl FrameStore {
             let mut runs = generation.dead.drain(..).peekable();
             let mut kept = Vec::new();
             while let Some((first, mut count)) = runs.next() {
-                // What an extent gave back page by page may come once more, as a whole.
-                while let Some((next, more)) = runs.next_if(|(next, _)| *next <= first + count) {
-                    count = count.max(next + more - first);
+                while let Some((_, more)) = runs.next_if(|(next, _)| *next == first + count) {
+                    count += more;
                 }
                 let at = u64::from(first) * page;
                 if generation.memfd.punch(at, u64::from(count) * page).is_err() {
@@ -524,7 +446,7 @@ impl FrameStore {
             for number in generation
                 .views
                 .iter()
-                .filter(|(number, v)| v.alive == 0 && !is_lent(**number * VIEW_SLOTS))
+                .filter(|(_, v)| v.alive == 0)
                 .map(|(n, _)| *n)
             {
                 let bytes = u64::from(VIEW_SLOTS) * page;
@@ -537,9 +459,8 @@ impl FrameStore {
             generation.views.retain(|_, view| view.alive > 0);
         }
         let current = self.current;
-        self.generations.retain(|number, g| {
-            *number == current || g.alive > 0 || g.lent > 0 || !g.dead.is_empty()
-        });
+        self.generations
+            .retain(|number, g| *number == current || g.alive > 0 || !g.dead.is_empty());
         self.has_dead = left;
     }
 

@@ -47,7 +47,7 @@ mod worker;
 
 pub use engine::{Engine, EngineStats, RegionHandle};
 pub use error::Error;
-pub use extent::{Digester, Extent, Hashing, Piece, Segment, View};
+pub use extent::{Digester, Extent, Hashing, Segment};
 #[doc(hidden)]
 pub use hash::digest_all;
 #[cfg(feature = "inject")]

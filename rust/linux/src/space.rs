@@ -55,7 +55,7 @@ use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings, Remerge};
 use crate::survey::Survey;
 use crate::sys::live::Live;
-use crate::sys::mapping::{Mapping, is_mapped};
+use crate::sys::mapping::is_mapped;
 use crate::sys::pagemap::{Categories, PageRegion, Pagemap};
 use crate::sys::phase::{Phase, enter};
 use crate::sys::procmap::Procmap;
@@ -397,23 +397,6 @@ impl LinuxSpace {
     /// The secret of this engine's digests.
     pub(crate) fn key(&self) -> Arc<HashKey> {
         Arc::clone(&self.key)
-    }
-
-    /// Lends fresh slots.
-    pub(crate) fn lend(&mut self, pages: u32) -> Result<(u32, u32, Mapping, Mapping), Error> {
-        self.frames.lend(pages)
-    }
-
-    /// Lent slots are read by nobody any more.
-    pub(crate) fn take_back(&mut self, generation: u32, runs: impl Iterator<Item = (u32, u32)>) {
-        self.frames.take_back(generation, runs);
-        self.frames.punch_dead();
-    }
-
-    /// An extent is gone.
-    pub(crate) fn end_lot(&mut self, generation: u32, pages: u32) {
-        self.frames.end_lot(generation, pages);
-        self.frames.punch_dead();
     }
 
     /// Gives back what nobody shows any more. Cheap when there is nothing.

@@ -261,15 +261,21 @@ pub(crate) fn call<R: Send + 'static>(
         .map_err(Error::Worker)
 }
 
-/// Has `work` done on the merging thread, on the engine called `id`, and waits for nothing. Where there
-/// is no such thread or engine any more it is not done.
-pub(crate) fn post(id: u64, work: impl FnOnce(&mut EngineState) + Send + 'static) {
+/// Has `work` done on the merging thread, with the engine called `id` if there still is one that works, and
+/// waits for nothing. In a child of the process that has the thread it is not done.
+pub(crate) fn post(id: u64, work: impl FnOnce(Option<&mut EngineState>) + Send + 'static) {
     let Some(worker) = own() else { return };
     let job: Job = Box::new(move |stage| {
-        if let Err(error) = stage.on(id, work)
-            && !matches!(error, Error::Closed)
-        {
-            tracing::error!(%error, "an engine was left a note and failed");
+        let mut work = Some(work);
+        let on = stage.on(id, |engine| work.take().map(|work| work(Some(engine))));
+        match on {
+            Ok(_) => {}
+            Err(Error::Closed) => {
+                if let Some(work) = work {
+                    work(None);
+                }
+            }
+            Err(error) => tracing::error!(%error, "an engine was left a note and failed"),
         }
     });
     // Nobody reads notes any more: the process is ending.

@@ -204,7 +204,7 @@ counters! {
     StoreStats
     counters {
         logical_bytes, unique_bytes, metadata_bytes, spare_bytes, entries, blobs, pages, put_bytes,
-        puts, hits, mapped_bytes, copied_bytes,
+        puts, hits, copied_bytes,
     }
     others {}
 }
@@ -222,7 +222,6 @@ impl From<pagemerge_alloc::StoreStats> for StoreStats {
             put_bytes: signed(stats.put_bytes),
             puts: signed(stats.puts),
             hits: signed(stats.hits),
-            mapped_bytes: signed(stats.mapped_bytes),
             copied_bytes: signed(stats.copied_bytes),
         }
     }

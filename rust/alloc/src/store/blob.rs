@@ -3,29 +3,22 @@
 //! # Invariants
 //! * B-1. A handle has all that reading takes: its segment, or its list of pages with their extents. So
 //!   a fork child reads what it inherited, whatever lock another thread of the parent held.
-//! * B-2. The bytes of a handle neither change nor move. What is materialized for a view is another
-//!   place with equal bytes, and stays until its last user is gone.
+//! * B-2. The bytes of a handle neither change nor move. What is copied for a view stays until its last
+//!   user is gone.
 //! * B-3. Dropping a handle in a fork child does nothing: what it holds is its parent's.
 
 use super::Shared;
 use super::pages::Stretch;
-use pagemerge_linux::{Piece, Segment, Source, View, page_size};
+use pagemerge_linux::{Segment, Source, page_size};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-/// Mappings that views have, in the whole process.
-static MAPPINGS: AtomicU64 = AtomicU64::new(0);
-/// Bytes that are materialized by copying, and by mapping, in the whole process.
+/// Bytes copied for views, in the whole process.
 static COPIED: AtomicU64 = AtomicU64::new(0);
-static MAPPED: AtomicU64 = AtomicU64::new(0);
 
-/// From here on pieces are mapped side by side for a view. Below, a copy is quicker.
-const MAP_FROM: usize = 256 << 10;
-/// And only if the pieces are so large on average.
-const MAP_PIECES: usize = 64 << 10;
-/// Views may take so much of all mappings that there may be.
-const MAPPING_SHARE: u64 = 16;
+/// From here on the copy is of the whole value, so that all its users can share it.
+const SHARED_FROM: usize = 256 << 10;
 
 /// So many zeroes can be read in one piece.
 const ZEROES: usize = 16 << 20;
@@ -54,6 +47,7 @@ pub(super) struct Run {
     pub(super) stretch: Option<Arc<Stretch>>,
     /// The first page, within its stretch.
     pub(super) first: u32,
+    /// The last one may hold the value's odd end, and be a part only.
     pub(super) pages: u32,
 }
 
@@ -80,7 +74,7 @@ impl Runs {
     }
 }
 
-/// The odd end of a large value.
+/// The odd end of a large value, if it is in the heap.
 #[derive(Debug)]
 pub(super) struct Tail {
     pub(super) segment: Arc<Segment>,
@@ -144,32 +138,6 @@ impl Large {
         runs.chain(tail)
     }
 
-    fn materialize(&self) -> io::Result<Buffer> {
-        let runs = self.runs.as_slice();
-        let pieces = runs.len() + usize::from(self.tail.is_some());
-        if self.len >= MAP_FROM
-            && self.len / pieces >= MAP_PIECES
-            && MAPPINGS.load(Ordering::Relaxed) + pieces as u64 <= mapping_budget()
-        {
-            let mut pieces: Vec<Piece<'_>> = runs
-                .iter()
-                .map(|run| match &run.stretch {
-                    Some(stretch) => Piece::Pages(&stretch.extent, run.first, run.pages),
-                    None => Piece::Zeroes(run.pages),
-                })
-                .collect();
-            if let Some(tail) = &self.tail {
-                let bytes = tail.segment.bytes(tail.offset as usize, tail.len as usize);
-                pieces.push(Piece::Tail(bytes));
-            }
-            // Where it does not work there is a copy.
-            if let Ok(view) = View::of(&pieces) {
-                return Ok(Buffer::mapped(view, self.len));
-            }
-        }
-        Buffer::copied(self.len, self.pieces(0, self.len))
-    }
-
     /// All of it in one piece, shared with whoever has that already.
     fn buffer(&self) -> io::Result<Arc<Buffer>> {
         // Never waits: in a fork child the lock may be held by nobody.
@@ -177,7 +145,7 @@ impl Large {
         if let Some(found) = cached.as_ref().and_then(|cached| cached.upgrade()) {
             return Ok(found);
         }
-        let made = Arc::new(self.materialize()?);
+        let made = Arc::new(Buffer::copied(self.len, self.pieces(0, self.len))?);
         if let Some(cached) = &mut cached {
             **cached = Arc::downgrade(&made);
         }
@@ -185,33 +153,11 @@ impl Large {
     }
 }
 
-fn mapping_budget() -> u64 {
-    pagemerge_linux::capabilities().max_map_count / MAPPING_SHARE
-}
-
-/// Bytes that lie in one piece because somebody wanted them so.
+/// Bytes that were copied side by side because somebody wanted them in one piece.
 #[derive(Debug)]
-pub(super) struct Buffer {
-    place: Materialized,
-    len: usize,
-}
-
-#[derive(Debug)]
-enum Materialized {
-    Mapped(View),
-    Copied(Box<[u8]>),
-}
+pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
-    fn mapped(view: View, len: usize) -> Self {
-        MAPPINGS.fetch_add(view.mappings() as u64, Ordering::Relaxed);
-        MAPPED.fetch_add(len as u64, Ordering::Relaxed);
-        Self {
-            place: Materialized::Mapped(view),
-            len,
-        }
-    }
-
     fn copied<'a>(len: usize, pieces: impl Iterator<Item = Source<'a>>) -> io::Result<Self> {
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(len)?;
@@ -222,41 +168,23 @@ impl Buffer {
             done += piece.len();
         }
         COPIED.fetch_add(len as u64, Ordering::Relaxed);
-        Ok(Self {
-            place: Materialized::Copied(bytes.into_boxed_slice()),
-            len,
-        })
+        Ok(Self(bytes.into_boxed_slice()))
     }
 
     fn bytes(&self, at: usize, len: usize) -> Source<'_> {
-        match &self.place {
-            Materialized::Mapped(view) => view.bytes(at, len),
-            Materialized::Copied(bytes) => Source::from(&bytes[at..at + len]),
-        }
+        Source::from(&self.0[at..at + len])
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let len = self.len as u64;
-        match &self.place {
-            Materialized::Mapped(view) => {
-                MAPPINGS.fetch_sub(view.mappings() as u64, Ordering::Relaxed);
-                MAPPED.fetch_sub(len, Ordering::Relaxed);
-            }
-            Materialized::Copied(_) => {
-                COPIED.fetch_sub(len, Ordering::Relaxed);
-            }
-        }
+        COPIED.fetch_sub(self.0.len() as u64, Ordering::Relaxed);
     }
 }
 
-/// Bytes materialized for views in this process: mapped, and copied.
-pub(super) fn materialized_bytes() -> (u64, u64) {
-    (
-        MAPPED.load(Ordering::Relaxed),
-        COPIED.load(Ordering::Relaxed),
-    )
+/// Bytes copied for views in this process, now.
+pub(super) fn copied_bytes() -> u64 {
+    COPIED.load(Ordering::Relaxed)
 }
 
 /// Where a handle's bytes are.
@@ -415,8 +343,8 @@ impl Blob {
             && self.number != PLAIN
     }
 
-    /// `len` bytes from `at` on in one piece. Where they are not, they are materialized: large ones by
-    /// mapping the pieces side by side, others by a copy, which all users share.
+    /// `len` bytes from `at` on in one piece. Where they are not, they are copied; all users of a value
+    /// share the copy.
     ///
     /// # Errors
     /// No memory for that.
@@ -440,7 +368,7 @@ impl Blob {
         let Place::Large(large) = &self.place else {
             unreachable!("small values are in one piece");
         };
-        let (buffer, at) = if len < large.len && len < MAP_FROM {
+        let (buffer, at) = if len < large.len && len < SHARED_FROM {
             let copied = Buffer::copied(len, self.pieces(at, len))?;
             (Arc::new(copied), 0)
         } else {

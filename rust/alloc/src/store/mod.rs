@@ -34,6 +34,7 @@
 
 mod blob;
 mod error;
+mod free;
 mod heap;
 mod pages;
 mod room;
@@ -47,6 +48,7 @@ use heap::{GRANULE, Heap};
 use pagemerge_linux::{Digester, Engine, Hashing, Source, page_size};
 use pages::Pages;
 use std::mem;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use values::{FLOOR, Values, Where};
@@ -74,8 +76,6 @@ pub struct StoreStats {
     pub puts: u64,
     /// Puts that found their value there already, ever.
     pub hits: u64,
-    /// Bytes shown side by side for views, in the whole process: these take mappings, and no memory.
-    pub mapped_bytes: u64,
     /// Bytes copied side by side for views, in the whole process, while those live.
     pub copied_bytes: u64,
 }
@@ -159,7 +159,7 @@ impl Store {
             digester,
             domain: domain.to_owned(),
             max_bytes: AtomicU64::new(max_bytes.unwrap_or(u64::MAX)),
-            inner: Mutex::new(Inner::new()),
+            inner: Mutex::new(Inner::new(domain)),
             dropped: Mutex::default(),
         })))
     }
@@ -281,7 +281,7 @@ impl Drop for Shared {
         if self.here().is_err() {
             // It may have been copied in the middle of a change.
             let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
-            mem::forget(mem::replace(inner, Inner::new()));
+            mem::forget(mem::replace(inner, Inner::new("")));
             let dropped = self
                 .dropped
                 .get_mut()
@@ -292,10 +292,10 @@ impl Drop for Shared {
 }
 
 impl Inner {
-    fn new() -> Self {
+    fn new(domain: &str) -> Self {
         Self {
             values: Values::new(),
-            pages: Pages::default(),
+            pages: Pages::new(domain),
             heap: Heap::new(page_size()),
             large: Vec::new(),
             free_large: Vec::new(),
@@ -328,7 +328,6 @@ impl Inner {
     }
 
     fn stats(&self) -> StoreStats {
-        let (mapped_bytes, copied_bytes) = blob::materialized_bytes();
         StoreStats {
             logical_bytes: self.logical,
             unique_bytes: self.unique_bytes(),
@@ -336,12 +335,11 @@ impl Inner {
             spare_bytes: self.pages.spare() * page_size() as u64 + self.heap.free_bytes(),
             entries: self.values.len() as u64,
             blobs: self.blobs,
-            pages: self.pages.live(),
+            pages: self.pages.indexed(),
             put_bytes: self.put_bytes,
             puts: self.puts,
             hits: self.hits,
-            mapped_bytes,
-            copied_bytes,
+            copied_bytes: blob::copied_bytes(),
         }
     }
 
@@ -428,8 +426,10 @@ impl Inner {
             at += pages;
             match &run.stretch {
                 Some(stretch) => {
-                    let (start, bytes) = (run.first as usize * page, pages * page);
-                    let there = stretch.extent.written(start, bytes);
+                    // The last page may be a part only.
+                    let bytes = (pages * page).min(large.len - first * page);
+                    let start = run.first as usize * page;
+                    let there = stretch.extent.bytes(start, bytes);
                     there.same(source.part(first * page, bytes))
                 }
                 // All bytes of these pages have been looked at to find that.
@@ -470,34 +470,61 @@ impl Inner {
         let page = page_size();
         let tail = len % page;
         let fresh = self.fresh_pages(hashed)?;
-        let asked = (fresh * page) as u64 + rounded(tail) + ENTRY + LARGE_ENTRY;
-        self.fits(asked, shared)?;
-        self.values.make_room()?;
-        let (runs, hash) = self.take_pages(source, hashed, fresh, hashing, shared)?;
-        let tail = if tail == 0 {
-            None
+        // A value that shares nothing lies in one piece if its odd end does not go elsewhere. That is worth
+        // a thirty-second of it at most.
+        let whole = tail > 0 && fresh == hashed.pages.len() && (page - tail) * PADDING <= len;
+        let asked = if whole {
+            ((fresh + 1) * page) as u64
         } else {
-            match self.heap.keep(source.part(len - tail, tail)) {
-                Ok(at) => Some(at),
+            (fresh * page) as u64 + rounded(tail)
+        };
+        self.fits(asked + ENTRY + LARGE_ENTRY, shared)?;
+        self.values.make_room()?;
+        self.pages.make_room(fresh)?;
+        let places = u32::try_from(fresh + usize::from(whole)).map_err(|_| Error::TooMuch)?;
+        let mut places = if places == 0 {
+            0..0
+        } else {
+            let first = self.pages.allocate(&shared.engine, places)?;
+            first..first + places
+        };
+        let taken = self.take_pages(source, hashed, &mut places, hashing, shared);
+        let packed = match taken {
+            Ok((mut runs, changed)) if whole && places.len() == 1 => {
+                // Nothing was found after all, so the place behind the last page is left.
+                let last = places.start;
+                places = 0..0;
+                self.pages.keep_part(last, source.part(len - tail, tail));
+                if let Runs::One(run) = &mut runs {
+                    run.pages += 1;
+                }
+                Ok((runs, changed, None))
+            }
+            Ok((runs, changed)) if tail > 0 => match self.heap.keep(source.part(len - tail, tail)) {
+                Ok(at) => Ok((runs, changed, Some(at))),
                 Err(error) => {
                     self.drop_runs(&runs);
-                    return Err(error);
+                    Err(error)
                 }
-            }
+            },
+            Ok((runs, changed)) => Ok((runs, changed, None)),
+            Err(error) => Err(error),
         };
-        let hash = match (tail, hash) {
-            // The pages are as they were hashed, and nobody can have written the tail.
-            (_, None) if source.is_steady() => hashed.hash,
-            (None, None) => hashed.hash,
-            (tail, _) => self.hash_kept(&runs, tail, len, hashing),
+        let left = u32::try_from(places.len()).expect("no more than there were");
+        self.pages.give_up(places.start, left);
+        let (runs, changed, packed) = packed?;
+        let hash = if changed || tail > 0 && !source.is_steady() {
+            self.hash_kept(&runs, packed, len, hashing)
+        } else {
+            hashed.hash
         };
-        let tail = tail.map(|at| {
+        let tail = packed.map(|at| {
             let (segment, offset) = self.heap.place(at);
             Tail {
                 segment: Arc::clone(segment),
                 at,
                 offset: u32::try_from(offset).expect("a segment is small"),
-                len: u32::try_from(len % page).expect("less than a page"),
+                len: u32::try_from(tail).expect("less than a page"),
             }
         });
         self.large_bytes += (LARGE_BYTES + runs.heap_bytes()) as u64;
@@ -525,7 +552,7 @@ impl Inner {
     fn fresh_pages(&self, hashed: &Hashed) -> Result<usize, Error> {
         let mut fresh = room_for(hashed.pages.len())?;
         for (digest, zero) in &hashed.pages {
-            if !zero && self.pages.candidate(*digest).is_none() {
+            if !zero && !self.pages.may_have(*digest) {
                 fresh.push(*digest);
             }
         }
@@ -534,24 +561,19 @@ impl Inner {
         Ok(fresh.len())
     }
 
-    /// Shares or copies each page. Also says whether what was copied has another digest than what was
-    /// hashed.
+    /// Shares or copies each page; copies go to `places`, and to others when those are used up. Also says
+    /// whether anything that was copied has another digest than what was hashed.
     fn take_pages(
         &mut self,
         source: Source<'_>,
         hashed: &Hashed,
-        fresh: usize,
+        places: &mut Range<u32>,
         hashing: &Hashing,
         shared: &Shared,
-    ) -> Result<(Runs, Option<()>), Error> {
+    ) -> Result<(Runs, bool), Error> {
         let page = page_size();
         let mut runs: Vec<Run> = Vec::new();
-        let mut changed = None;
-        let mut failed = None;
-        if fresh > 0 {
-            let fresh = u32::try_from(fresh).map_err(|_| Error::TooMuch)?;
-            self.pages.make_room(&shared.engine, fresh)?;
-        }
+        let mut changed = false;
         for (at, (digest, zero)) in hashed.pages.iter().enumerate() {
             if *zero {
                 match runs.last_mut() {
@@ -571,24 +593,28 @@ impl Inner {
             let bytes = source.part(at * page, page);
             let number = if let Some(number) = self.pages.find(*digest, bytes) {
                 self.pages.hold(number);
-                Ok(number)
+                number
             } else {
-                self.pages.make_room(&shared.engine, 1).and_then(|()| {
-                    self.pages.keep(bytes, *digest, |kept| {
-                        let now = hashing.page(kept).hash;
-                        if now != *digest {
-                            changed = Some(());
-                        }
-                        now
-                    })
-                })
-            };
-            let number = match number {
-                Ok(number) => number,
-                Err(error) => {
-                    failed = Some(error);
-                    break;
-                }
+                // More than were counted: a page that has an equal digest, and no more.
+                let place = match places.next() {
+                    Some(place) => Ok(place),
+                    None => self
+                        .pages
+                        .make_room(1)
+                        .and_then(|()| self.pages.allocate(&shared.engine, 1)),
+                };
+                let place = match place {
+                    Ok(place) => place,
+                    Err(error) => {
+                        self.drop_runs(&Runs::Many(runs.into_boxed_slice()));
+                        return Err(error);
+                    }
+                };
+                let now = self
+                    .pages
+                    .keep(place, bytes, *digest, |kept| hashing.page(kept).hash);
+                changed |= now != *digest;
+                place
             };
             let (stretch, place) = self.pages.place(number);
             match runs.last_mut() {
@@ -609,33 +635,35 @@ impl Inner {
         } else {
             Runs::Many(runs.into_boxed_slice())
         };
-        if let Some(error) = failed {
-            self.drop_runs(&runs);
-            return Err(error);
-        }
         Ok((runs, changed))
     }
 
     /// The hash of a value by what is kept of it.
-    fn hash_kept(&self, runs: &Runs, tail: Option<u32>, len: usize, hashing: &Hashing) -> u64 {
+    fn hash_kept(&self, runs: &Runs, packed: Option<u32>, len: usize, hashing: &Hashing) -> u64 {
         let page = page_size();
         let zero = vec![0; page];
         let zero = hashing.page(Source::from(&zero[..])).hash;
-        let mut state = len as u64;
+        let (mut state, mut left) = (len as u64, len);
         for run in runs.as_slice() {
             for at in run.first..run.first + run.pages {
+                let bytes = page.min(left);
+                left -= bytes;
                 let digest = match &run.stretch {
-                    Some(stretch) => {
-                        let bytes = stretch.extent.written(at as usize * page, page);
-                        hashing.page(bytes).hash
-                    }
                     None => zero,
+                    Some(stretch) => {
+                        let kept = stretch.extent.bytes(at as usize * page, bytes);
+                        if bytes == page {
+                            hashing.page(kept).hash
+                        } else {
+                            hashing.bytes(kept)
+                        }
+                    }
                 };
                 state = hashing.more(state, digest);
             }
         }
-        if let Some(at) = tail {
-            state = hashing.more(state, hashing.bytes(self.heap_bytes(at, len % page)));
+        if let Some(at) = packed {
+            state = hashing.more(state, hashing.bytes(self.heap_bytes(at, left)));
         }
         state
     }
@@ -672,6 +700,7 @@ impl Inner {
                 self.free_large.push(at);
                 self.large_bytes -= (LARGE_BYTES + large.runs.heap_bytes()) as u64;
                 self.drop_runs(&large.runs);
+                self.pages.settle();
                 if let Some(tail) = &large.tail {
                     self.heap.release(tail.at, tail.len as usize);
                 }
@@ -719,6 +748,8 @@ impl Inner {
     }
 }
 
+/// An odd end may leave so much of its page empty: a value's length divided by this.
+const PADDING: usize = 32;
 /// What a value takes in the index, for the limit.
 const ENTRY: u64 = 32;
 /// What a large one takes besides.

@@ -1,32 +1,35 @@
 //! Whole pages: where they lie, which digest they have, and how many values hold them.
 //!
-//! Pages are numbered throughout. A *stretch* is an extent of the engine's frame slots with the numbers
-//! of its pages; slots are dealt out in order, so that the fresh pages of one value are neighbours.
+//! Pages are numbered throughout. A *stretch* is memory that the engine has lent, with the numbers of its
+//! pages. What is free is listed by runs ([`free`](super::free)): *warm* ones have memory, *cold* ones have
+//! none yet, or none any more.
 //!
 //! # Invariants
-//! * P-1. A page is written before it is indexed, and never after. It is compared in full before it
+//! * P-1. A page is written before it is indexed, and never while it is. It is compared in full before it
 //!   stands for another one.
 //! * P-2. The references of a page are the places of living values' lists at which it stands. When the
-//!   last is gone, so is the page: it leaves the index and its slot is given back, in batches, or with its
-//!   stretch.
-//! * P-3. Slots are not used again; numbers are, when a whole stretch has gone.
-//! * P-4. Zero pages have no slot and no number.
+//!   last is gone, so is the page: it leaves the index, and its place is free.
+//! * P-3. A place is in one living page, in one free run, or on its way to the merging thread to be given
+//!   back, and then nobody writes it before the thread has said that it is done.
+//! * P-4. Zero pages have no place and no number.
 //!
-//! # What the engine needs to share a page with merged regions
-//! Its digest, by the engine's own secret, is in its record; its slot follows from its number. Nothing
-//! here depends on where the bytes of a page really are: a frame of the engine's that has the same bytes
-//! can be mapped over the page in its extent at any time, whoever has pointers to it (see
-//! [`Stretch`]).
+//! # What the engine does with them
+//! It registers what it has lent, once it has other memory to compare it with. Equal pages then share a
+//! frame by the ordinary scan, in the store's domain. Their bytes stay what they are, so nothing here
+//! notices.
 //!
 //! # Cost
-//! 12 bytes for each slot of a stretch, and 6 to 12 in the index for each page: 0.7 % at most.
+//! 12 bytes for each place in a stretch, 6 to 12 in the index for each page, some 40 for each free run: 0.7
+//! % at most of what is held. What is free and warm stays under an eighth of what is held, or 4 MiB.
 
 use super::error::Error;
+use super::free::Free;
 use super::room::Room;
 use hashbrown::HashTable;
 use pagemerge_linux::{Engine, Extent, Source, page_size};
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// Page numbers are dealt out to stretches by so many.
 const CHUNK: u32 = 512;
@@ -34,13 +37,11 @@ const CHUNK: u32 = 512;
 const LARGEST: u32 = 1 << 14;
 /// Pages that are made at a time.
 const AHEAD: u32 = 64;
-/// Freed slots that are given back at a time.
-const BATCH: u32 = 256;
-/// Stretches with room that are kept in mind besides the current one.
-const OPEN: usize = 8;
+/// Free pages that always may keep their memory.
+const WARM: u64 = 1024;
 const NONE: u32 = u32::MAX;
 
-/// An extent whose pages have numbers.
+/// Memory whose pages have numbers.
 #[derive(Debug)]
 pub(super) struct Stretch {
     pub(super) extent: Extent,
@@ -54,14 +55,6 @@ impl Stretch {
     }
 }
 
-impl Drop for Stretch {
-    fn drop(&mut self) {
-        // All of it, what was given back before included: whoever has touched it since (`mlockall`
-        // does) has filled the holes with pages.
-        self.extent.give_back(vec![(0, self.extent.pages())]);
-    }
-}
-
 #[derive(Clone, Copy, Debug, Default)]
 struct Record {
     /// In halves: eight would be aligned to eight.
@@ -69,14 +62,16 @@ struct Record {
     refs: u32,
 }
 
-fn halves(digest: u64) -> [u32; 2] {
-    let bytes = digest.to_ne_bytes();
+/// A number of 64 bits in halves, for records that would be larger if they held it whole.
+pub(super) fn split(hash: u64) -> [u32; 2] {
+    let bytes = hash.to_ne_bytes();
     [
         u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
         u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
     ]
 }
 
+/// The halves put together.
 pub(super) fn whole([low, high]: [u32; 2]) -> u64 {
     let (low, high) = (low.to_ne_bytes(), high.to_ne_bytes());
     u64::from_ne_bytes([
@@ -84,57 +79,78 @@ pub(super) fn whole([low, high]: [u32; 2]) -> u64 {
     ])
 }
 
-pub(super) fn split(hash: u64) -> [u32; 2] {
-    halves(hash)
-}
-
 #[derive(Debug)]
 struct Lot {
     stretch: Arc<Stretch>,
     first: u32,
     records: Box<[Record]>,
-    /// Slots dealt out, and slots that have memory.
-    next: u32,
-    prepared: u32,
     live: u32,
-    /// Freed, and not given back yet.
-    freed: Vec<(u32, u32)>,
 }
 
 impl Lot {
-    fn room(&self) -> u32 {
-        self.stretch.extent.pages() - self.next
+    fn end(&self) -> u32 {
+        self.first + self.stretch.extent.pages()
     }
 }
 
-#[derive(Debug, Default)]
+/// Runs of free pages whose memory has been given back: the stretch's number, and (first, count) of each.
+type Returned = (u64, Vec<(u32, u32)>);
+
+#[derive(Debug)]
 pub(super) struct Pages {
+    domain: String,
     /// The lot of each chunk of numbers.
     chunks: Vec<u32>,
     lots: Vec<Option<Lot>>,
     index: HashTable<u32>,
-    /// Lots with room; the last one is used first.
-    open: Vec<u32>,
+    warm: Free,
+    cold: Free,
     live: u64,
-    freed: u32,
     memory: Room,
+    /// Which lot a note of the merging thread is about: numbers of pages are used again.
+    serial: u64,
+    serials: Vec<u64>,
+    done: Sender<Returned>,
+    returned: Receiver<Returned>,
+    on_their_way: u64,
+    /// A lot that holds nothing, if one is kept.
+    idle: Option<u32>,
 }
 
 impl Pages {
+    pub(super) fn new(domain: &str) -> Self {
+        let (done, returned) = channel();
+        Self {
+            domain: domain.to_owned(),
+            chunks: Vec::new(),
+            lots: Vec::new(),
+            index: HashTable::new(),
+            warm: Free::default(),
+            cold: Free::default(),
+            live: 0,
+            memory: Room::default(),
+            serial: 0,
+            serials: Vec::new(),
+            done,
+            returned,
+            on_their_way: 0,
+            idle: None,
+        }
+    }
+
     /// Pages that are held.
     pub(super) fn live(&self) -> u64 {
         self.live
     }
 
-    /// Pages that have memory and hold nothing: made ahead, or not given back yet.
+    /// Pages that are held and can be shared: not those that hold the odd end of a value.
+    pub(super) fn indexed(&self) -> u64 {
+        self.index.len() as u64
+    }
+
+    /// Pages that have memory and hold nothing.
     pub(super) fn spare(&self) -> u64 {
-        let ahead: u32 = self
-            .lots
-            .iter()
-            .flatten()
-            .map(|lot| lot.prepared - lot.next)
-            .sum();
-        u64::from(ahead + self.freed)
+        self.warm.pages()
     }
 
     pub(super) fn metadata_bytes(&self) -> u64 {
@@ -142,65 +158,19 @@ impl Pages {
             .lots
             .iter()
             .flatten()
-            .map(|lot| size_of_val(&*lot.records) + lot.freed.capacity() * 8 + size_of::<Stretch>())
+            .map(|lot| size_of_val(&*lot.records) + size_of::<Stretch>() + 32)
             .sum();
         let bytes = records
             + self.index.allocation_size()
             + 4 * self.chunks.capacity()
-            + size_of::<Option<Lot>>() * self.lots.capacity();
+            + (size_of::<Option<Lot>>() + 8) * self.lots.capacity()
+            + self.warm.metadata_bytes()
+            + self.cold.metadata_bytes();
         bytes as u64
     }
 
     fn lot(&self, page: u32) -> &Lot {
-        let lot = self.chunks[(page / CHUNK) as usize];
-        self.lots[lot as usize]
-            .as_ref()
-            .expect("a page's lot is there")
-    }
-
-    /// The stretch of a page, and its place there.
-    pub(super) fn place(&self, page: u32) -> (&Arc<Stretch>, u32) {
-        let lot = self.lot(page);
-        (&lot.stretch, page - lot.first)
-    }
-
-    /// Places at which the page stands.
-    pub(super) fn refs(&self, page: u32) -> u32 {
-        let lot = self.lot(page);
-        lot.records[(page - lot.first) as usize].refs
-    }
-
-    /// A page that may be equal: it has this digest.
-    pub(super) fn candidate(&self, digest: u64) -> Option<u32> {
-        let wanted = halves(digest);
-        self.index
-            .find(digest, |page| self.digest(*page) == wanted)
-            .copied()
-    }
-
-    /// A page that is equal.
-    pub(super) fn find(&self, digest: u64, bytes: Source<'_>) -> Option<u32> {
-        let wanted = halves(digest);
-        let page = self.index.find(digest, |page| {
-            let lot = self.lot(*page);
-            let record = &lot.records[(*page - lot.first) as usize];
-            record.digest == wanted && record.refs < u32::MAX && {
-                let at = (*page - lot.first) as usize * page_size();
-                lot.stretch.extent.written(at, bytes.len()).same(bytes)
-            }
-        });
-        page.copied()
-    }
-
-    fn digest(&self, page: u32) -> [u32; 2] {
-        let lot = self.lot(page);
-        lot.records[(page - lot.first) as usize].digest
-    }
-
-    /// One more place at which the page stands.
-    pub(super) fn hold(&mut self, page: u32) {
-        let (lot, at) = self.lot_mut(page);
-        lot.records[at].refs += 1;
+        lot_of(&self.chunks, &self.lots, page)
     }
 
     fn lot_mut(&mut self, page: u32) -> (&mut Lot, usize) {
@@ -212,26 +182,109 @@ impl Pages {
         (lot, at)
     }
 
-    /// Makes sure that `pages` fresh slots in a row come next.
-    pub(super) fn make_room(&mut self, engine: &Engine, pages: u32) -> Result<(), Error> {
-        let fits = |lots: &[Option<Lot>], number: u32| {
-            let lot = lots[number as usize].as_ref();
-            lot.is_some_and(|lot| lot.room() >= pages && lot.stretch.extent.is_current())
-        };
-        if let Some(last) = self.open.last()
-            && fits(&self.lots, *last)
-        {
-            return Ok(());
-        }
-        if let Some(at) = self.open.iter().rposition(|lot| fits(&self.lots, *lot)) {
-            let lot = self.open.remove(at);
-            self.open.push(lot);
-            return Ok(());
-        }
-        self.lend(engine, pages)
+    fn record(&self, page: u32) -> &Record {
+        let lot = self.lot(page);
+        &lot.records[(page - lot.first) as usize]
     }
 
-    fn lend(&mut self, engine: &Engine, pages: u32) -> Result<(), Error> {
+    /// The stretch of a page, and its place there.
+    pub(super) fn place(&self, page: u32) -> (&Arc<Stretch>, u32) {
+        let lot = self.lot(page);
+        (&lot.stretch, page - lot.first)
+    }
+
+    /// Places at which the page stands.
+    pub(super) fn refs(&self, page: u32) -> u32 {
+        self.record(page).refs
+    }
+
+    /// Whether there is a page with this digest.
+    pub(super) fn may_have(&self, digest: u64) -> bool {
+        let wanted = split(digest);
+        let found = self
+            .index
+            .find(digest, |page| self.record(*page).digest == wanted);
+        found.is_some()
+    }
+
+    /// A page that is equal.
+    pub(super) fn find(&self, digest: u64, bytes: Source<'_>) -> Option<u32> {
+        let wanted = split(digest);
+        let page = self.index.find(digest, |page| {
+            let lot = self.lot(*page);
+            let at = (*page - lot.first) as usize;
+            let record = &lot.records[at];
+            record.digest == wanted
+                && record.refs < NONE
+                && lot
+                    .stretch
+                    .extent
+                    .bytes(at * page_size(), bytes.len())
+                    .same(bytes)
+        });
+        page.copied()
+    }
+
+    /// One more place at which the page stands.
+    pub(super) fn hold(&mut self, page: u32) {
+        let (lot, at) = self.lot_mut(page);
+        lot.records[at].refs += 1;
+    }
+
+    /// Neighbouring places with memory, for `pages` new pages.
+    pub(super) fn allocate(&mut self, engine: &Engine, pages: u32) -> Result<u32, Error> {
+        if let Some(first) = self.warm.take(pages) {
+            return Ok(first);
+        }
+        self.take_returned();
+        let (mut first, mut count) = match self.cold.fitting(pages) {
+            Some(run) => run,
+            None => self.lend(engine, pages)?,
+        };
+        // What is warm right before it is used up first.
+        if let Some((before, warm)) = self.warm.ending_at(first)
+            && self.chunks[(before / CHUNK) as usize] == self.chunks[(first / CHUNK) as usize]
+        {
+            (first, count) = (before, count + warm);
+        }
+        let (cold, end) = (
+            self.cold.at_or_after(first).expect("just found"),
+            first + count,
+        );
+        // Some more than is needed is made at once.
+        let until = (first + pages).max(cold + AHEAD).min(end);
+        self.memory.take((until - cold) as usize * page_size())?;
+        let lot = lot_of(&self.chunks, &self.lots, first);
+        lot.stretch
+            .extent
+            .prepare(cold - lot.first, until - cold)
+            .map_err(|e| Error::no_memory((until - cold) as usize * page_size(), e))?;
+        self.cold.remove(cold);
+        if until < end {
+            self.cold.insert(until, end - until);
+        }
+        if first < cold {
+            self.warm.remove(first);
+        }
+        self.give_up(first + pages, until - first - pages);
+        Ok(first)
+    }
+
+    /// Places that were allocated and not used.
+    pub(super) fn give_up(&mut self, first: u32, pages: u32) {
+        if pages > 0 {
+            let (from, to) = self.borders(first);
+            self.warm.insert_within(first, pages, from, to);
+        }
+    }
+
+    /// The numbers of the stretch that a page is in.
+    fn borders(&self, page: u32) -> (u32, u32) {
+        let lot = self.lot(page);
+        (lot.first, lot.end())
+    }
+
+    fn lend(&mut self, engine: &Engine, pages: u32) -> Result<(u32, u32), Error> {
         let grown = u32::try_from(self.live / 8).unwrap_or(LARGEST);
         let pages = grown
             .clamp(CHUNK, LARGEST)
@@ -239,58 +292,38 @@ impl Pages {
             .checked_next_multiple_of(CHUNK)
             .ok_or(Error::TooMuch)?;
         let chunks = (pages / CHUNK) as usize;
-        let first = self.free_numbers(chunks)?;
+        let first_chunk = self.free_numbers(chunks)?;
         let mut records = Vec::new();
-        let none =
-            |e: std::collections::TryReserveError| Error::no_memory(12 * pages as usize, e.into());
-        records.try_reserve_exact(pages as usize).map_err(none)?;
+        records
+            .try_reserve_exact(pages as usize)
+            .map_err(|e| Error::no_memory(size_of::<Record>() * pages as usize, e.into()))?;
         records.resize(pages as usize, Record::default());
-        let first_number = u32::try_from(first).expect("just looked at") * CHUNK;
+        let first = u32::try_from(first_chunk).expect("just looked at") * CHUNK;
         let stretch = Arc::new(Stretch {
-            extent: engine.lend_extent(pages)?,
-            first: first_number,
+            extent: engine.lend_extent(pages, &self.domain)?,
+            first,
         });
-        let number = self
-            .lots
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or_else(|| {
-                self.lots.push(None);
-                self.lots.len() - 1
-            });
-        let number_ = u32::try_from(number).map_err(|_| Error::TooMuch)?;
-        if self.chunks.len() < first + chunks {
-            self.chunks.resize(first + chunks, NONE);
+        let number = self.lots.iter().position(Option::is_none);
+        let number = number.unwrap_or_else(|| {
+            self.lots.push(None);
+            self.serials.push(0);
+            self.lots.len() - 1
+        });
+        if self.chunks.len() < first_chunk + chunks {
+            self.chunks.resize(first_chunk + chunks, NONE);
         }
-        self.chunks[first..first + chunks].fill(number_);
+        let named = u32::try_from(number).map_err(|_| Error::TooMuch)?;
+        self.chunks[first_chunk..first_chunk + chunks].fill(named);
         self.lots[number] = Some(Lot {
             stretch,
-            first: first_number,
+            first,
             records: records.into_boxed_slice(),
-            next: 0,
-            prepared: 0,
             live: 0,
-            freed: Vec::new(),
         });
-        // After a fork nothing new goes to the old ones.
-        let stale: Vec<u32> = self.open.clone();
-        for lot in stale {
-            let current = self.lots[lot as usize]
-                .as_ref()
-                .is_some_and(|lot| lot.stretch.extent.is_current());
-            if !current {
-                self.shut(lot);
-            }
-        }
-        if self.open.len() == OPEN {
-            // The one with least room.
-            let room = |lot: &u32| self.lots[*lot as usize].as_ref().map_or(0, Lot::room);
-            if let Some(fullest) = self.open.iter().min_by_key(|lot| room(lot)).copied() {
-                self.shut(fullest);
-            }
-        }
-        self.open.push(number_);
-        Ok(())
+        self.serial += 1;
+        self.serials[number] = self.serial;
+        self.cold.insert(first, pages);
+        Ok((first, pages))
     }
 
     /// So many chunks in a row that no stretch has.
@@ -304,31 +337,19 @@ impl Pages {
         }
         let first = self.chunks.len() - run;
         // The last number means "none".
-        if first + chunks >= (u32::MAX / CHUNK) as usize {
+        if first + chunks >= (NONE / CHUNK) as usize {
             return Err(Error::TooMuch);
         }
         Ok(first)
-    }
-
-    /// Nothing new goes to this lot.
-    fn shut(&mut self, number: u32) {
-        self.open.retain(|lot| *lot != number);
-        let place = &mut self.lots[number as usize];
-        let Some(lot) = place else { return };
-        if lot.live == 0 {
-            self.drop_lot(number);
-        } else if lot.next < lot.prepared {
-            let ahead = (lot.next, lot.prepared - lot.next);
-            lot.stretch.extent.give_back(vec![ahead]);
-            lot.prepared = lot.next;
-        }
     }
 
     fn drop_lot(&mut self, number: u32) {
         let Some(lot) = self.lots[number as usize].take() else {
             return;
         };
-        self.freed -= lot.freed.iter().map(|run| run.1).sum::<u32>();
+        self.warm.remove_within(lot.first, lot.end());
+        self.cold.remove_within(lot.first, lot.end());
+        self.serials[number as usize] = 0;
         for chunk in &mut self.chunks {
             if *chunk == number {
                 *chunk = NONE;
@@ -339,66 +360,59 @@ impl Pages {
         }
         while let Some(None) = self.lots.last() {
             self.lots.pop();
+            self.serials.pop();
         }
     }
 
-    /// Keeps a copy of a page, in the next slot, and holds it once. Room has been made.
+    /// Makes sure that [`keep`](Self::keep) cannot fail for so many pages.
+    pub(super) fn make_room(&mut self, pages: usize) -> Result<(), Error> {
+        let (chunks, lots) = (&self.chunks, &self.lots);
+        let digest = |page: &u32| digest_of(chunks, lots, *page);
+        self.index.try_reserve(pages, digest).map_err(|_| {
+            let bytes = 2 * self.index.allocation_size();
+            Error::no_memory(bytes, io::ErrorKind::OutOfMemory.into())
+        })
+    }
+
+    /// Keeps a copy of a page at a place that was allocated, and holds it once. Room has been made. Says
+    /// which digest it has: that of what is kept, whatever the source had.
     pub(super) fn keep(
         &mut self,
+        page: u32,
         bytes: Source<'_>,
         digest: u64,
-        digest_of: impl FnOnce(Source<'_>) -> u64,
-    ) -> Result<u32, Error> {
-        let number = *self.open.last().expect("room has been made");
-        let (chunks, lots) = (&self.chunks, &self.lots);
-        let digest_at = |page: &u32| {
-            let lot = &lots[chunks[(*page / CHUNK) as usize] as usize];
-            let lot = lot.as_ref().expect("a page's lot is there");
-            whole(lot.records[(*page - lot.first) as usize].digest)
-        };
-        if self.index.try_reserve(1, digest_at).is_err() {
-            let bytes = 2 * self.index.allocation_size();
-            return Err(Error::no_memory(bytes, io::ErrorKind::OutOfMemory.into()));
-        }
-        let lot = self.lots[number as usize]
-            .as_mut()
-            .expect("an open lot is there");
-        if lot.next == lot.prepared {
-            let more = AHEAD.min(lot.room());
-            self.memory.take(more as usize * page_size())?;
-            lot.stretch
-                .extent
-                .prepare(lot.next, more)
-                .map_err(|e| Error::no_memory(more as usize * page_size(), e))?;
-            lot.prepared += more;
-        }
-        let at = lot.next;
-        lot.next += 1;
-        lot.live += 1;
-        lot.stretch.extent.write(at, bytes);
-        // What is kept has the digest of what is kept, whatever the source had.
+        digest_now: impl FnOnce(Source<'_>) -> u64,
+    ) -> u64 {
+        let (lot, at) = self.lot_mut(page);
+        let start = at * page_size();
+        lot.stretch.extent.write(start, bytes);
         let digest = if bytes.is_steady() {
             digest
         } else {
-            let start = at as usize * page_size();
-            digest_of(lot.stretch.extent.written(start, bytes.len()))
+            digest_now(lot.stretch.extent.bytes(start, bytes.len()))
         };
-        lot.records[at as usize] = Record {
-            digest: halves(digest),
+        lot.records[at] = Record {
+            digest: split(digest),
             refs: 1,
         };
-        let page = lot.first + at;
-        if lot.room() == 0 {
-            self.open.pop();
-        }
+        lot.live += 1;
         self.live += 1;
         let (chunks, lots) = (&self.chunks, &self.lots);
-        self.index.insert_unique(digest, page, |page| {
-            let lot = &lots[chunks[(*page / CHUNK) as usize] as usize];
-            let lot = lot.as_ref().expect("a page's lot is there");
-            whole(lot.records[(*page - lot.first) as usize].digest)
-        });
-        Ok(page)
+        self.index
+            .insert_unique(digest, page, |page| digest_of(chunks, lots, *page));
+        digest
+    }
+
+    /// Keeps a part of a page, which nothing else will ever share.
+    pub(super) fn keep_part(&mut self, page: u32, bytes: Source<'_>) {
+        let (lot, at) = self.lot_mut(page);
+        lot.stretch.extent.write(at * page_size(), bytes);
+        lot.records[at] = Record {
+            digest: [0, 0],
+            refs: 1,
+        };
+        lot.live += 1;
+        self.live += 1;
     }
 
     /// One place less at which the page stands.
@@ -412,33 +426,102 @@ impl Pages {
         }
         let digest = whole(record.digest);
         lot.live -= 1;
-        let place = page - lot.first;
-        match lot.freed.last_mut() {
-            Some((first, count)) if *first + *count == place => *count += 1,
-            _ => lot.freed.push((place, 1)),
-        }
-        let over = lot.live == 0 && lot.room() == 0;
+        let (empty, first, end) = (lot.live == 0, lot.first, lot.end());
         self.live -= 1;
-        self.freed += 1;
         if let Ok(entry) = self.index.find_entry(digest, |other| *other == page) {
             entry.remove();
         }
-        if self.live == 0 {
-            *self = Self::default();
-        } else if over {
-            self.drop_lot(number);
-        } else if self.freed >= BATCH {
-            self.give_back();
+        self.warm.insert_within(page, 1, first, end);
+        if empty {
+            self.retire(number);
         }
     }
 
-    /// Gives freed slots back.
-    fn give_back(&mut self) {
-        for lot in self.lots.iter_mut().flatten() {
-            if !lot.freed.is_empty() {
-                lot.stretch.extent.give_back(std::mem::take(&mut lot.freed));
+    /// A stretch holds nothing any more. One such stretch is kept, so that a value which comes and goes
+    /// does not take a mapping each time; of a store that holds nothing, a small one.
+    fn retire(&mut self, number: u32) {
+        let pages = |pages: &Self, number: u32| {
+            let lot = pages.lots.get(number as usize).and_then(Option::as_ref);
+            lot.filter(|lot| lot.live == 0)
+                .map(|lot| lot.stretch.extent.pages())
+        };
+        let other = self.idle.filter(|other| *other != number);
+        self.idle = Some(number);
+        if let Some(other) = other
+            && let Some(there) = pages(self, other)
+        {
+            let smaller = pages(self, number).is_some_and(|here| here <= there);
+            let (kept, dropped) = if smaller { (number, other) } else { (other, number) };
+            self.idle = Some(kept);
+            self.drop_lot(dropped);
+        }
+        if self.live == 0
+            && let Some(last) = self.idle
+            && pages(self, last).is_some_and(|pages| pages > CHUNK)
+        {
+            self.idle = None;
+            self.drop_lot(last);
+        }
+    }
+
+    /// Gives memory back if much of it is free. To be called when something has been released.
+    pub(super) fn settle(&mut self) {
+        let enough = match self.live {
+            0 => AHEAD.into(),
+            live => WARM.max(live / 8),
+        };
+        if self.warm.pages() <= enough + enough / 2 {
+            return;
+        }
+        self.take_returned();
+        let mut runs: Vec<Vec<(u32, u32)>> = vec![Vec::new(); self.lots.len()];
+        while self.warm.pages() > enough / 2 {
+            // The longest first: fewest calls.
+            let Some((first, count)) = self.warm.take_longest() else {
+                break;
+            };
+            let lot = self.chunks[(first / CHUNK) as usize] as usize;
+            runs[lot].push((first, count));
+        }
+        for (number, runs) in runs.into_iter().enumerate() {
+            if let Some(lot) = &self.lots[number]
+                && !runs.is_empty()
+            {
+                let places = runs
+                    .iter()
+                    .map(|(first, count)| (first - lot.first, *count))
+                    .collect();
+                self.on_their_way += 1;
+                let note = (self.serials[number], runs);
+                lot.stretch.extent.discard(places, self.done.clone(), note);
             }
         }
-        self.freed = 0;
     }
+
+    /// Lists what has been given back.
+    fn take_returned(&mut self) {
+        while self.on_their_way > 0 {
+            let Ok((serial, runs)) = self.returned.try_recv() else {
+                return;
+            };
+            self.on_their_way -= 1;
+            if !self.serials.contains(&serial) {
+                continue;
+            }
+            for (first, count) in runs {
+                let (from, to) = self.borders(first);
+                self.cold.insert_within(first, count, from, to);
+            }
+        }
+    }
+}
+
+fn lot_of<'a>(chunks: &[u32], lots: &'a [Option<Lot>], page: u32) -> &'a Lot {
+    let lot = lots[chunks[(page / CHUNK) as usize] as usize].as_ref();
+    lot.expect("a page's lot is there")
+}
+
+fn digest_of(chunks: &[u32], lots: &[Option<Lot>], page: u32) -> u64 {
+    let lot = lot_of(chunks, lots, page);
+    whole(lot.records[(page - lot.first) as usize].digest)
 }

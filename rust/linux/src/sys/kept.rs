@@ -10,9 +10,9 @@
 //! Copying and comparing are bound by memory. What does not begin at a multiple of 16 bytes goes
 //! through a buffer on the stack, at half the speed in the cache.
 
-use super::mapping::{MapStop, Mapping};
+use super::Span;
+use super::mapping::Mapping;
 use super::memory::{self, Words};
-use super::{Call, Span, checked};
 use crate::hash::PageHasher;
 use pagemerge_core::Digest;
 use std::marker::PhantomData;
@@ -235,41 +235,10 @@ impl Source<'_> {
     }
 }
 
-/// Shows the pages of `from`, which is shared memory of our own, at `offset` of `place`, too.
-///
-/// # Errors
-/// [`MapStop`]. What was mapped there may be gone.
-///
-/// # Panics
-/// When that is not inside, or not at page borders.
-pub(crate) fn show(
-    from: &Mapping,
-    pages: Span,
-    place: &mut Mapping,
-    offset: usize,
-) -> Result<(), MapStop> {
-    assert!(from.span().covers(pages), "{pages} is not in the mapping");
-    let to = place.span().part(offset, pages.len);
-    assert!(
-        pages.is_page_aligned() && to.is_page_aligned(),
-        "whole pages are shown at page borders"
-    );
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    checked(Call::MremapCopy, || {
-        // SAFETY: both mappings are ours and borrowed, the second one alone; with an old length of 0 the
-        // first one stays, and a second mapping of its pages takes the place of what is at `to`.
-        let got = unsafe { libc::mremap(pages.as_void(), 0, to.len, flags, to.as_void()) };
-        got as i64
-    })
-    .map(drop)
-    .map_err(MapStop::decode)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::mapping::{Protection, Sharing};
-    use crate::sys::memfd::Memfd;
+    use crate::sys::mapping::Protection;
     use crate::sys::page_size;
 
     fn bytes(len: usize, seed: u8) -> Vec<u8> {
@@ -342,28 +311,5 @@ mod tests {
             digests.insert(Source::from(&moved[skew..]).digest(&hasher).hash);
         }
         assert_eq!(digests.len(), 1);
-    }
-
-    #[test]
-    fn pages_can_be_shown_at_a_second_place() {
-        let page = page_size();
-        let file = Memfd::create(c"test", 4 * page as u64).unwrap();
-        let first =
-            Mapping::file(&file, 0, 4 * page, Protection::ReadWrite, Sharing::Shared).unwrap();
-        let data = bytes(page, 9);
-        Kept::within(&first, 2 * page, page).write(Source::from(&data[..]));
-        let mut place = Mapping::anonymous(3 * page, Protection::Read).unwrap();
-        let pages = first.span().part(2 * page, page);
-        show(&first, pages, &mut place, page).unwrap();
-        drop(first);
-        let mut back = vec![1; 3 * page];
-        Kept::within(&place, 0, 3 * page).read(&mut back);
-        assert_eq!(back[page..2 * page], data);
-        assert!(
-            back[..page]
-                .iter()
-                .chain(&back[2 * page..])
-                .all(|byte| *byte == 0)
-        );
     }
 }

@@ -36,6 +36,14 @@ impl Live {
         Self(span)
     }
 
+    /// Memory of our own that is lent. Whoever makes a region of it holds `memory` until the region has
+    /// ended.
+    pub(crate) fn lent(memory: &std::sync::Arc<Mapping>) -> Self {
+        // SAFETY: private anonymous memory, mapped by `Mapping::anonymous` for an extent, and unmapped by
+        // the last of its holders alone, one of which is the maker of the region (`engine::Lot`).
+        unsafe { Self::promised(memory.span()) }
+    }
+
     pub(crate) fn span(self) -> Span {
         self.0
     }

@@ -336,7 +336,6 @@ calls! {
     Munmap,
     Mremap,
     MremapPages,
-    MremapCopy,
     #[cfg(test)]
     Mprotect,
     #[cfg(test)]
