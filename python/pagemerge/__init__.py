@@ -2,14 +2,15 @@
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
 by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which equal
-values are equal pages. :func:`evaluate` says what there is to gain,
-:func:`capabilities` what this machine allows.
+values are equal pages, a :class:`Store` keeps bytes, each content once from the start.
+:func:`evaluate` says what there is to gain, :func:`capabilities` what this machine allows.
 """
 
 from pagemerge._allocator import Allocator
 from pagemerge._core import (
     PAGE_SIZE,
     AllocatorStats,
+    Blob,
     Block,
     Capabilities,
     Engine,
@@ -18,6 +19,8 @@ from pagemerge._core import (
     RegionStats,
     Settings,
     Stats,
+    Store,
+    StoreStats,
     __version__,
     capabilities,
     kernel_defaults,
@@ -30,6 +33,7 @@ from pagemerge._errors import (
     Error,
     ForkedError,
     NotMergeableError,
+    StoreFullError,
     UnavailableError,
     UnmergeError,
 )
@@ -42,6 +46,7 @@ __all__ = [
     "Allocator",
     "AllocatorStats",
     "Barrier",
+    "Blob",
     "Block",
     "BusyError",
     "Capabilities",
@@ -60,6 +65,9 @@ __all__ = [
     "RunMode",
     "Settings",
     "Stats",
+    "Store",
+    "StoreFullError",
+    "StoreStats",
     "TreeOrder",
     "UnavailableError",
     "UnmergeError",

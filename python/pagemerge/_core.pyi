@@ -6,7 +6,7 @@ counters carry the names that the files of ksmd in sysfs have, with the same mea
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final, overload
 
 import numpy
 import typing_extensions
@@ -16,6 +16,7 @@ from pagemerge._enums import AdvisorMode, Barrier, Remerge, RunMode, TreeOrder
 __all__ = [
     "PAGE_SIZE",
     "AllocatorStats",
+    "Blob",
     "Block",
     "Capabilities",
     "Engine",
@@ -24,6 +25,8 @@ __all__ = [
     "RegionStats",
     "Settings",
     "Stats",
+    "Store",
+    "StoreStats",
     "_Allocator",
     "__version__",
     "_exiting",
@@ -490,6 +493,158 @@ class RegionStats:
     def __contains__(self, name: str, /) -> bool: ...
     def __sub__(self, earlier: RegionStats, /) -> RegionStats: ...
     def __rsub__(self, later: RegionStats, /) -> RegionStats: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class Store:
+    """Keeps bytes, each content once.
+
+    Equal values are one entry, whole pages that values have in common are held once, pages of
+    zeroes take no memory, and what is left of a value behind its last whole page is packed.
+    Whatever is shared has been compared byte by byte.
+
+    A store can be used from any number of threads. After a fork the child reads the blobs that it
+    inherited; there, everything that would change or ask the store raises :class:`ForkedError`.
+
+    Args:
+        domain: Pages never share a frame with those of another domain.
+        max_bytes: How much may be held: unique bytes and metadata together. None: no limit.
+        engine: The engine whose frames hold the pages. None: one of its own.
+
+    Raises:
+        ClosedError: The engine has been closed. (What a store holds outlives its engine; it only
+        takes
+            nothing new.)
+        ForkedError: The engine belongs to the parent process.
+
+    Example:
+        >>> import pagemerge
+        >>> store = pagemerge.Store()
+        >>> one, other = store.put(b"x" * 10_000), store.put(bytearray(b"x" * 10_000))
+        >>> one == other, bytes(one[:3]), len(one)
+        (True, b'xxx', 10000)
+        >>> stats = store.stats()
+        >>> stats.entries, stats.logical_bytes, stats.unique_bytes < 10_000
+        (1, 20000, True)
+    """
+
+    def __new__(
+        cls, domain: str = "", max_bytes: int | None = None, engine: Engine | None = None
+    ) -> Store: ...
+    def put(self, data: _Buffer) -> Blob:
+        """Keep a copy of ``data`` and return a handle for it.
+
+        The GIL is released for more than 16 KiB. If somebody writes to ``data`` meanwhile, some
+        mixture is kept.
+
+        Raises:
+            TypeError: ``data`` is no buffer. ValueError: Its bytes do not lie in one piece, or a
+            matrix is stored by columns. StoreFullError: It does not fit under ``max_bytes``.
+            MemoryError: The kernel has no memory for it. (After this, and the error above, the
+            store is as
+                it was.)
+            ClosedError: The engine has been closed.
+            ForkedError: The store belongs to the parent process.
+        """
+
+    def stats(self) -> StoreStats:
+        """Return what is held now. Cheap: nothing is counted, only read."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine whose frames hold the pages."""
+
+    @property
+    def domain(self) -> str:
+        """The domain, as given."""
+
+    max_bytes: int | None
+    """How much may be held. When it is lowered, what is held already stays."""
+
+@final
+class Blob:
+    """Bytes that a store keeps, as ``Store.put`` returns them. They never change.
+
+    Like ``bytes``: it has a length, an index gives a number and a slice a blob (without copying),
+    it equals bytes-like objects of the same content, and has the hash that ``bytes`` of that
+    content have. It has the buffer protocol, read-only and in one piece: ``memoryview(blob)``
+    copies nothing where the bytes lie in one piece already, as those of values do that share no
+    page with others (but for odd tails of values under some 100 KB). Where they do not they are
+    copied side by side while views live. :meth:`segments` does without.
+
+    The value's bytes go when the last blob of it, and the last view, has gone. A pickled blob
+    becomes plain ``bytes``.
+    """
+
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Blob: ...
+    def __bytes__(self) -> bytes: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+    def __hash__(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __copy__(self) -> Blob: ...
+    def __deepcopy__(self, memo: Any, /) -> Blob: ...
+    def segments(self) -> list[memoryview]:
+        """Return the bytes as they lie in memory: read-only views, one for each piece, in order.
+
+        For ``socket.sendmsg`` and ``os.writev`` (which take ``IOV_MAX`` pieces at a time, 1024 as a
+        rule). Nothing is copied or mapped.
+        """
+
+    @property
+    def charged_bytes(self) -> int:
+        """The blob's fair share of the store's unique bytes.
+
+        What several values or blobs share is divided among them; a slice is charged as its whole
+        blob, which it holds. Rounded up.
+        """
+
+@final
+class StoreStats:
+    """What a store holds at one moment. Attributes, and a mapping, as with :class:`Stats`.
+
+    Three honest sizes: what was put (``logical_bytes``), what is held for it (``unique_bytes``),
+    and what that costs (``metadata_bytes``). ``Blob.charged_bytes`` is a blob's share.
+    """
+
+    logical_bytes: int
+    """Bytes of all living blobs, each counted in full."""
+    unique_bytes: int
+    """Bytes held for contents: pages, and packed values with their rounding to 16."""
+    metadata_bytes: int
+    """Bytes held for everything else: indexes and records. (Blob objects are their holders'.)"""
+    spare_bytes: int
+    """Bytes that have memory and hold nothing: made ahead, or freed and not given back yet."""
+    entries: int
+    """Different values, but for those under 33 bytes, which are kept plainly."""
+    blobs: int
+    """Living blobs, slices not counted."""
+    pages: int
+    """Different pages."""
+    put_bytes: int
+    """Bytes that were put, ever."""
+    puts: int
+    """Puts, ever."""
+    hits: int
+    """Puts whose value was there already, ever."""
+    copied_bytes: int
+    """Bytes copied side by side for views that live now, in the whole process."""
+
+    def keys(self) -> list[str]:
+        """Return the names."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: str, /) -> bool: ...
+    def __sub__(self, earlier: StoreStats, /) -> StoreStats: ...
+    def __rsub__(self, later: StoreStats, /) -> StoreStats: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
 

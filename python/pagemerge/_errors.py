@@ -33,7 +33,10 @@ class ClosedError(Error, ValueError):
 
 
 class ForkedError(Error):
-    """The engine belongs to the parent process. Merged memory stays readable in the child."""
+    """The engine, or the store, belongs to the parent process.
+
+    Merged memory, and the bytes of blobs, stay readable in the child.
+    """
 
     __module__ = "pagemerge"
 
@@ -52,6 +55,25 @@ class NotMergeableError(Error, ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (str(self), self.reason)
+
+
+class StoreFullError(Error, MemoryError):
+    """A value does not fit under a store's ``max_bytes``; the store is as it was.
+
+    ``asked`` says how many bytes it needs beside what it shares, ``held`` how many are held, and
+    ``max_bytes`` how many may be.
+    """
+
+    __module__ = "pagemerge"
+
+    def __init__(self, message: str, asked: int, held: int, max_bytes: int) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.held = held
+        self.max_bytes = max_bytes
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int, int]]:
+        return type(self), (str(self), self.asked, self.held, self.max_bytes)
 
 
 class UnmergeError(Error):

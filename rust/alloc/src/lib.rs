@@ -8,3 +8,6 @@
 #![forbid(unsafe_code)]
 
 pub mod allocator;
+pub mod store;
+
+pub use store::{Blob, Store, StoreStats, Window};

@@ -9,6 +9,7 @@
 
 use crate::eligible::Eligible;
 use crate::error::Error;
+use crate::extent::{Digester, Extent};
 use crate::probe::capabilities;
 use crate::settings::{Barrier, EngineSettings};
 use crate::space::{LinuxSpace, SpaceStats};
@@ -102,6 +103,21 @@ struct Member {
     own: Option<Arc<Mapping>>,
 }
 
+/// Memory that is lent ([`Extent`]).
+struct Lot {
+    /// Held until its region has ended, which is what the region's promise rests on.
+    memory: Arc<Mapping>,
+    domain: String,
+    state: LotState,
+}
+
+enum LotState {
+    /// There has been nothing to compare it with.
+    Waiting,
+    Registered(RegionHandle),
+    Refused,
+}
+
 /// What a slice of synchronous work tells its caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Slice {
@@ -135,6 +151,10 @@ pub(crate) struct EngineState {
     space: LinuxSpace,
     settings: EngineSettings,
     regions: HashMap<u64, Member>,
+    /// What is lent, by its number.
+    lots: HashMap<u64, Lot>,
+    /// Some may be waiting to be registered.
+    lots_wait: bool,
     /// Unregistered regions whose records the scanner still has (`lagging_records`).
     lagging: HashMap<(usize, u32, String), RegionId>,
     started: Instant,
@@ -168,6 +188,8 @@ impl EngineState {
             space,
             settings,
             regions: HashMap::new(),
+            lots: HashMap::new(),
+            lots_wait: false,
             lagging: HashMap::new(),
             started: Instant::now(),
             cpu_nanos: 0,
@@ -203,6 +225,7 @@ impl EngineState {
             return Err(Error::no_memory("scan"));
         }
         if self.between_scans {
+            self.register_lots();
             self.space.begin_pass(self.scanner.has_swept());
             self.between_scans = false;
         }
@@ -292,9 +315,15 @@ impl EngineState {
         })
     }
 
-    /// Pages of `span` that are registered with this engine.
+    /// Pages of `span` that are registered with this engine, or lent by it.
     fn overlap(&self, span: Span) -> usize {
-        self.space.overlap(span)
+        let lent = self
+            .lots
+            .values()
+            .filter_map(|lot| lot.memory.span().intersection(span));
+        self.space
+            .overlap(span)
+            .max(lent.map(Span::pages).sum::<usize>())
     }
 
     /// How many of them are arenas'.
@@ -543,6 +572,82 @@ impl EngineState {
         let _phase = enter(Phase::Discard);
         let (first, pages) = self.space.discard(addr, len)?;
         self.scanner.vacated(&mut self.space, first, pages)
+    }
+
+    /// Takes note of memory that is lent.
+    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String) {
+        let lot = Lot {
+            memory,
+            domain,
+            state: LotState::Waiting,
+        };
+        self.lots.insert(number, lot);
+        self.lots_wait = true;
+    }
+
+    /// Registers what is lent, once there is other memory that it might equal.
+    fn register_lots(&mut self) {
+        if !self.lots_wait || !self.lots_may_merge() {
+            return;
+        }
+        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
+        if registered.count() == self.regions.len() {
+            return;
+        }
+        self.lots_wait = false;
+        let waiting: Vec<u64> = self
+            .lots
+            .iter()
+            .filter(|(_, lot)| matches!(lot.state, LotState::Waiting))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in waiting {
+            let Some(lot) = self.lots.get(&number) else {
+                continue;
+            };
+            let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
+            // What is refused (locked memory is) is kept without sharing.
+            let state = match self.register_own(memory, &domain) {
+                Ok(handle) => LotState::Registered(handle),
+                Err(error) => {
+                    tracing::debug!(%error, "lent memory is not merged");
+                    LotState::Refused
+                }
+            };
+            if let Some(lot) = self.lots.get_mut(&number) {
+                lot.state = state;
+            }
+        }
+    }
+
+    /// Without a barrier it is the callers who see to it that nobody writes while pages are merged, and
+    /// they cannot know who writes here.
+    fn lots_may_merge(&self) -> bool {
+        self.space.barrier() != Barrier::None
+    }
+
+    /// Whether a lot's memory may be merged.
+    pub(crate) fn has_registered(&self, number: u64) -> bool {
+        self.lots.get(&number).is_some_and(|lot| match lot.state {
+            LotState::Registered(handle) => self.regions.contains_key(&handle.id),
+            LotState::Waiting | LotState::Refused => false,
+        })
+    }
+
+    /// Whoever was lent this memory has no use for it any more.
+    pub(crate) fn end_lot(&mut self, number: u64) {
+        let Some(lot) = self.lots.get(&number) else {
+            return;
+        };
+        if let LotState::Registered(handle) = lot.state
+            && self.regions.contains_key(&handle.id)
+            && let Err(error) = self.end_own(handle)
+        {
+            // Its memory stays for as long as something of it may be merged.
+            tracing::warn!(%error, "lent memory could not be taken back");
+            return;
+        }
+        self.lots.remove(&number);
     }
 
     fn set_run(&mut self, run: RunMode) -> Result<(), Error> {
@@ -921,6 +1026,37 @@ impl Engine {
             }
         }
         Ok(last)
+    }
+
+    /// Lends memory that this engine knows of: as soon as it has other memory to merge, these pages may
+    /// share frames with it, within `domain`.
+    ///
+    /// # Errors
+    /// A closed or forked engine, no memory or no mapping left.
+    pub fn lend_extent(&self, pages: u32, domain: &str) -> Result<Extent, Error> {
+        let memory = Extent::map(pages)
+            .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
+        let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let (known, domain) = (Arc::clone(&memory), domain.to_owned());
+        self.on(move |engine| {
+            engine.add_lot(number, known, domain);
+            Ok(())
+        })?;
+        Ok(Extent::new(self.0.id, number, memory, pages))
+    }
+
+    /// The hash by which this engine orders pages, for bytes of the caller's.
+    ///
+    /// # Errors
+    /// Only a closed or forked engine.
+    pub fn digester(&self) -> Result<Digester, Error> {
+        self.on(|engine| Ok(Digester::new(engine.space.key())))
+    }
+
+    /// Whether this process is the one that made the engine.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        self.0.epoch == fork::epoch()
     }
 
     /// `run = 1`: merges in the background.

@@ -71,24 +71,22 @@ impl HashKey {
         for (at, number) in numbers.into_iter().enumerate() {
             place.write_u64(8 * at, number);
         }
-        Ok(Self { place, page_size })
+        let key = Self { place, page_size };
+        // A hasher's hash of a page of zeroes is worth keeping.
+        let zero = key.hasher().hash_of_zeroes();
+        key.place.write_u64(8 * Self::NUMBERS, zero);
+        Ok(key)
     }
 
     /// A hasher with this secret, for a short time.
     pub(crate) fn hasher(&self) -> PageHasher {
         let secret = std::array::from_fn(|number| self.place.read_u64(8 * (number + 1)));
-        // Its hash of a page of zeroes is worth keeping, and found when it is first asked for.
-        let mut hasher = PageHasher {
+        PageHasher {
             seed: self.place.read_u64(0),
             secret,
             page_size: self.page_size,
             zero: self.place.read_u64(8 * Self::NUMBERS),
-        };
-        if hasher.zero == 0 {
-            hasher.zero = hasher.hash_of_zeroes();
-            self.place.write_u64(8 * Self::NUMBERS, hasher.zero);
         }
-        hasher
     }
 }
 
@@ -184,6 +182,33 @@ impl PageHasher {
             hash: u64::from(!zero),
             zero,
         }
+    }
+
+    /// Bytes in a page.
+    pub(crate) fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// The hash of `words`, at least 16 bytes and a multiple of that.
+    pub(crate) fn hash_words(&self, words: Words) -> u64 {
+        // Nothing comes next: the last of them is fetched once more.
+        self.hash(words, std::ptr::null())
+    }
+
+    /// The hash of `len` bytes, of which the last, up to 15, are in `last`, and `before` is the hash of
+    /// those before them (or 0 for none).
+    pub(crate) fn hash_short(&self, before: u64, last: [u64; 2], len: usize) -> u64 {
+        let s = &self.secret;
+        let state = mix(before ^ s[3], len as u64 ^ s[4] ^ self.seed);
+        mix(
+            last[0] ^ s[5] ^ state,
+            last[1] ^ s[6] ^ state.rotate_left(32),
+        )
+    }
+
+    /// The hash of a sequence that has the hash `before`, with one more number at its end.
+    pub(crate) fn hash_more(&self, before: u64, number: u64) -> u64 {
+        mix(before ^ self.secret[3], number ^ self.secret[4])
     }
 
     /// The hash of bytes of our own, in the machine's byte order.

@@ -13,6 +13,7 @@
 //! * `restore`: un-merging, back into anonymous memory.
 //! * `frames`: where frames lie in their memfds, and when a place may be punched.
 //! * `watch`: write-protection of pages that were written after merging, and the helper thread.
+//! * `extent`: memory that is lent to whoever keeps bytes of its own.
 //! * `fork`: what a fork ends.
 //! * `handoff`: how threads wait for each other, apart from what they do.
 //! * `sys`: every system call, and all `unsafe` but the promise in [`Engine::register`].
@@ -26,6 +27,7 @@ mod eligible;
 mod engine;
 mod error;
 pub mod evaluate;
+mod extent;
 mod fork;
 mod frames;
 #[cfg(feature = "fuzz")]
@@ -48,6 +50,7 @@ mod worker;
 pub use arena::{Arena, Run};
 pub use engine::{Engine, EngineStats, RegionHandle};
 pub use error::Error;
+pub use extent::{Digester, Extent, Hashing, Segment};
 pub use fork::{ForkGuard, ForkLock, generation as fork_generation};
 #[doc(hidden)]
 pub use hash::digest_all;
@@ -63,6 +66,7 @@ pub use settings::{Barrier, EngineSettings, Remerge};
 #[cfg(feature = "inject")]
 #[doc(hidden)]
 pub use sys::inject;
+pub use sys::kept::Source;
 
 /// Bytes in a page of this machine.
 #[must_use]

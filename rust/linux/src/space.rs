@@ -76,6 +76,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Pages of `digest` below which no extra threads are worth their start.
@@ -174,7 +175,7 @@ pub(crate) struct LinuxSpace {
     spare: Option<Userfaultfd>,
     windows: Windows,
     frames: FrameStore,
-    key: HashKey,
+    key: Arc<HashKey>,
     regions: BTreeMap<u32, Region>,
     by_id: HashMap<RegionId, u32>,
     remerge: Remerge,
@@ -269,7 +270,7 @@ impl LinuxSpace {
                 watching_uffd(chosen).ok()
             },
             windows,
-            key: HashKey::draw()?,
+            key: Arc::new(HashKey::draw()?),
             regions: BTreeMap::new(),
             by_id: HashMap::new(),
             remerge: settings.remerge,
@@ -391,6 +392,11 @@ impl LinuxSpace {
     /// A step of the scan begins: what was known of mappings may have changed since the last one.
     pub(crate) fn begin_step(&mut self) {
         self.readable = Span::default();
+    }
+
+    /// The secret of this engine's digests.
+    pub(crate) fn key(&self) -> Arc<HashKey> {
+        Arc::clone(&self.key)
     }
 
     /// Gives back what nobody shows any more. Cheap when there is nothing.

@@ -271,6 +271,27 @@ pub(crate) fn post(work: impl FnOnce(&mut Stage) + Send + 'static) -> Result<(),
         .map_err(|_| Error::Worker("it is gone".into()))
 }
 
+/// Has `work` done on the merging thread, with the engine called `id` if there still is one that works, and
+/// waits for nothing. In a child of the process that has the thread it is not done.
+pub(crate) fn post_to(id: u64, work: impl FnOnce(Option<&mut EngineState>) + Send + 'static) {
+    let Some(worker) = own() else { return };
+    let job: Job = Box::new(move |stage| {
+        let mut work = Some(work);
+        let on = stage.on(id, |engine| work.take().map(|work| work(Some(engine))));
+        match on {
+            Ok(_) => {}
+            Err(Error::Closed) => {
+                if let Some(work) = work {
+                    work(None);
+                }
+            }
+            Err(error) => tracing::error!(%error, "an engine was left a note and failed"),
+        }
+    });
+    // Nobody reads notes any more: the process is ending.
+    let _ = worker.jobs.send(job);
+}
+
 /// Runs `work` on the merging thread, on the engine called `id`, and waits for its result.
 pub(crate) fn call_engine<R: Send + 'static>(
     id: u64,

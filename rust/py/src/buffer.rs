@@ -36,6 +36,16 @@ impl Export {
         })
     }
 
+    /// The same for bytes whose order matters: a matrix has to be stored by rows.
+    pub(crate) fn of_row(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Self> {
+        let export = Self::of(object, what)?;
+        if export.buffer.is_c_contiguous() {
+            return Ok(export);
+        }
+        let cause = PyBufferError::new_err("the buffer is stored by columns");
+        Err(refusal(object, what, cause))
+    }
+
     /// Where the bytes lie.
     pub(crate) fn address(&self) -> usize {
         self.buffer.buf_ptr() as usize

@@ -59,6 +59,11 @@ impl Engine {
         self.inner.as_ref().expect("only drop takes it")
     }
 
+    /// One with the settings that are the default.
+    pub(crate) fn with_defaults(py: Python<'_>) -> PyResult<Self> {
+        Self::new(py, None)
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         // A map operation that panics has not happened.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)

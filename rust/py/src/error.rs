@@ -7,7 +7,7 @@
 use pagemerge_core::{Reason, SettingError};
 use pagemerge_linux::Error;
 use pyo3::call::PyCallArgs;
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
@@ -42,6 +42,19 @@ fn ours<'py>(py: Python<'py>, name: &str, arguments: impl PyCallArgs<'py>) -> Py
     match made {
         Ok(instance) => PyErr::from_value(instance),
         Err(error) => error,
+    }
+}
+
+/// The Python exception for an error of a store.
+pub(crate) fn store_to_py(py: Python<'_>, err: pagemerge_alloc::store::Error) -> PyErr {
+    use pagemerge_alloc::store::Error as E;
+    let message = err.to_string();
+    match err {
+        E::Engine(error) => to_py(py, error),
+        E::Forked => ours(py, "ForkedError", (message,)),
+        E::Full { asked, held, max } => ours(py, "StoreFullError", (message, asked, held, max)),
+        E::NoMemory { .. } => PyMemoryError::new_err(message),
+        _ => ours(py, "Error", (message,)),
     }
 }
 

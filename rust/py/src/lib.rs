@@ -21,6 +21,7 @@ mod region;
 mod settings;
 mod signals;
 mod stats;
+mod store;
 
 use pyo3::prelude::*;
 
@@ -44,7 +45,9 @@ mod _core {
     #[pymodule_export]
     use crate::settings::{Settings, kernel_defaults};
     #[pymodule_export]
-    use crate::stats::{AllocatorStats, RegionStats, Stats, memory_usage};
+    use crate::stats::{AllocatorStats, RegionStats, Stats, StoreStats, memory_usage};
+    #[pymodule_export]
+    use crate::store::{Blob, Store};
 
     use pyo3::prelude::*;
 

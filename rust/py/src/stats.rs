@@ -220,6 +220,34 @@ impl From<pagemerge_alloc::allocator::AllocatorStats> for AllocatorStats {
     }
 }
 
+counters! {
+    /// What a store holds at one moment. See the type stub for user documentation.
+    StoreStats
+    counters {
+        logical_bytes, unique_bytes, metadata_bytes, spare_bytes, entries, blobs, pages, put_bytes,
+        puts, hits, copied_bytes,
+    }
+    others {}
+}
+
+impl From<pagemerge_alloc::StoreStats> for StoreStats {
+    fn from(stats: pagemerge_alloc::StoreStats) -> Self {
+        Self {
+            logical_bytes: signed(stats.logical_bytes),
+            unique_bytes: signed(stats.unique_bytes),
+            metadata_bytes: signed(stats.metadata_bytes),
+            spare_bytes: signed(stats.spare_bytes),
+            entries: signed(stats.entries),
+            blobs: signed(stats.blobs),
+            pages: signed(stats.pages),
+            put_bytes: signed(stats.put_bytes),
+            puts: signed(stats.puts),
+            hits: signed(stats.hits),
+            copied_bytes: signed(stats.copied_bytes),
+        }
+    }
+}
+
 /// What this process takes, in bytes, as the kernel accounts for it.
 #[pyfunction]
 pub(crate) fn memory_usage(py: Python<'_>) -> PyResult<BTreeMap<&'static str, u64>> {

@@ -111,35 +111,74 @@ fn assert_blocks(from: *const u8, len: usize) {
     );
 }
 
-/// Copies live bytes to a buffer of our own. Works at any address and length; quickest where both
-/// are multiples of 64.
+/// Copies live bytes to a buffer of our own. Works at any address and length.
 ///
 /// # Safety
 /// `from` is mapped and readable for as many bytes as `into` has, until this returns.
 #[inline]
 pub(crate) unsafe fn copy(from: *const u8, into: &mut [u8]) {
-    let mut done = 0;
-    if from.addr().is_multiple_of(LANE) {
-        while done + BLOCK <= into.len() {
-            // SAFETY: inside the range of which the caller answers; BLOCK is a multiple of LANE.
-            let at = unsafe { from.add(done) };
+    // SAFETY: our caller's promise; `into` is ours, and borrowed alone.
+    unsafe { store(from, into.as_mut_ptr(), into.len()) };
+}
+
+/// Copies live bytes to memory of our own that no other reference points into. Works at any address
+/// and length.
+///
+/// # Safety
+/// `from` is mapped and readable, and `to` mapped and writable, for `len` bytes until this returns; they
+/// do not overlap.
+#[inline]
+pub(crate) unsafe fn store(from: *const u8, to: *mut u8, len: usize) {
+    // Vectors are loaded from their borders on; where they are stored makes no difference.
+    let head = (from.addr().wrapping_neg() % LANE).min(len);
+    // SAFETY: the beginning of the range of which the caller answers.
+    unsafe { store_bytes(from, to, head) };
+    let mut done = head;
+    while done + BLOCK <= len {
+        // SAFETY: inside the range of which the caller answers; aligned, since `head` made it so.
+        let at = unsafe { from.add(done) };
+        // SAFETY: as above.
+        let lanes = unsafe { block(at) };
+        for (number, lane) in lanes.into_iter().enumerate() {
+            // SAFETY: inside the range of which the caller answers.
+            let at = unsafe { to.add(done + number * LANE) };
             // SAFETY: as above.
-            let lanes = unsafe { block(at) };
-            let chunk: &mut [u8; BLOCK] = (&mut into[done..done + BLOCK])
-                .try_into()
-                .expect("the length is BLOCK");
-            for (to, lane) in chunk.chunks_exact_mut(LANE).zip(lanes) {
-                // SAFETY: `to` is LANE bytes of our own buffer.
-                unsafe { lane::store(to.as_mut_ptr(), lane) };
-            }
-            done += BLOCK;
+            unsafe { lane::store(at, lane) };
         }
+        done += BLOCK;
     }
-    for (i, to) in into.iter_mut().enumerate().skip(done) {
+    while done + LANE <= len {
         // SAFETY: inside the range of which the caller answers.
-        let at = unsafe { from.add(i) };
+        let at = unsafe { from.add(done) };
+        #[allow(clippy::cast_ptr_alignment, reason = "`head` made it so")]
+        let at = at.cast::<Lane>();
+        // SAFETY: as above; aligned, since `head` made it so.
+        let lane = unsafe { at.read_volatile() };
+        // SAFETY: inside the range of which the caller answers.
+        let at = unsafe { to.add(done) };
+        // SAFETY: as above.
+        unsafe { lane::store(at, lane) };
+        done += LANE;
+    }
+    // SAFETY: inside the range of which the caller answers.
+    let (from, to) = unsafe { (from.add(done), to.add(done)) };
+    // SAFETY: the end of the range of which the caller answers.
+    unsafe { store_bytes(from, to, len - done) };
+}
+
+/// # Safety
+/// As [`store`].
+#[inline]
+unsafe fn store_bytes(from: *const u8, to: *mut u8, len: usize) {
+    for at in 0..len {
+        // SAFETY: inside the range of which the caller answers.
+        let byte = unsafe { from.add(at) };
         // SAFETY: as above; a byte has no alignment.
-        *to = unsafe { at.read_volatile() };
+        let byte = unsafe { byte.read_volatile() };
+        // SAFETY: inside the range of which the caller answers.
+        let place = unsafe { to.add(at) };
+        // SAFETY: as above.
+        unsafe { place.write(byte) };
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) mod canary;
 pub(crate) mod files;
 #[cfg(feature = "inject")]
 pub mod inject;
+pub(crate) mod kept;
 pub(crate) mod leaked;
 pub(crate) mod live;
 pub(crate) mod mapping;
