@@ -49,8 +49,8 @@ pub enum Error {
     },
     /// The memory is an allocator's, which has registered it itself.
     #[error(
-        "cannot register this buffer: {pages} of its pages are an allocator's, and registered with the \
-         allocator's engine from the beginning; merge them there: allocator.engine.settle(), or start()"
+        "cannot register this buffer: {pages} of its pages are an allocator's or a store's, and registered \
+         with its engine already; merge them there: allocator.engine.settle(), or start()"
     )]
     InArena {
         /// How many pages are in arenas.
