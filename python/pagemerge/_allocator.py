@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -56,12 +56,13 @@ class Allocator:
     """
 
     __module__ = "pagemerge"
-    __slots__ = ("__weakref__", "_context", "_heap")
+    _made: Callable[..., NDArray[Any]]
+    __slots__ = ("__weakref__", "_heap", "_made")
 
     def __init__(self, engine: Engine | None = None, *, domain: str = "") -> None:
         self._heap = _Allocator(engine, domain)
         # Whoever asks for an array by name gets one from here, however small it is.
-        self._context = self._heap.numpy(0)
+        self._made = self._heap.numpy(0)._call
 
     @property
     def engine(self) -> Engine:
@@ -90,16 +91,14 @@ class Allocator:
             MemoryError: As for :meth:`allocate`.
         """
         found = _plain(dtype)
-        with self._context:
-            return np.empty(shape, found, order)
+        return self._made(np.empty, shape, found, order)
 
     def zeros(
         self, shape: _Shape, dtype: DTypeLike = float, *, order: _Order = "C"
     ) -> NDArray[Any]:
         """Return a new array of zeroes. See :meth:`empty`."""
         found = _plain(dtype)
-        with self._context:
-            return np.zeros(shape, found, order)
+        return self._made(np.zeros, shape, found, order)
 
     def full(
         self,
@@ -109,8 +108,7 @@ class Allocator:
         *,
         order: _Order = "C",
     ) -> NDArray[Any]:
-        """Return a new array filled with ``fill_value``, as :func:`numpy.full`. See
-        :meth:`empty`."""
+        """Return a new array filled with a value, as :func:`numpy.full` does. See :meth:`empty`."""
         made = self.empty(
             shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order
         )
@@ -127,8 +125,7 @@ class Allocator:
         """Return a copy of ``data`` as a new array, as :func:`numpy.array`. See :meth:`empty`."""
         source = np.asarray(data, dtype)
         _plain(source.dtype)
-        with self._context:
-            return np.array(source, order=order)
+        return self._made(source.copy, order)
 
     def copy(self, thing: _T) -> _T:
         """Return a deep copy of anything that can be pickled, with the data of its arrays here.

@@ -792,6 +792,7 @@ class NumpyContext:
     def threshold(self) -> int:
         """Arrays of fewer bytes are left to numpy."""
 
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
     def __enter__(self) -> NumpyContext: ...
     def __exit__(
         self,
