@@ -611,7 +611,7 @@ impl EngineState {
             };
             let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
             // What is refused (locked memory is) is kept without sharing.
-            let state = match self.register_own(memory, &domain) {
+            let state = match self.register_own(memory, &domain, false) {
                 Ok(handle) => LotState::Registered(handle),
                 Err(error) => {
                     tracing::debug!(%error, "lent memory is not merged");
