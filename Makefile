@@ -94,7 +94,7 @@ UNLOCKED := $(shell rustup run nightly rustc --version >/dev/null 2>&1 && echo "
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 # Build products that share nothing with an ordinary build.
 OUT = $(or $(CARGO_TARGET_DIR),target)
-TARGETS := core_model rbtree proc_text settings
+TARGETS := core_model rbtree proc_text settings alloc_ops
 TARGET ?= $(TARGETS)
 FUZZ_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),1200)
 # Only one of the targets can meet unsafe code, and `make asan` runs that.
@@ -112,7 +112,7 @@ fuzz-tools: $(VENV)/.built
 	  echo "make fuzz needs cargo-fuzz, and it could not be installed" >&2; exit 1; }
 
 .PHONY: fuzz
-fuzz: fuzz-tools ## Fuzz for SECONDS (1200) each target, or TARGET only: core_model rbtree proc_text settings
+fuzz: fuzz-tools ## Fuzz for SECONDS (1200) each target, or TARGET only: core_model rbtree proc_text settings alloc_ops
 	@# What is new goes beside the build; make fuzz-keep brings it back. What fails is in fuzz/artifacts.
 	for target in $(TARGET); do \
 	  mkdir -p $(OUT)/fuzz/corpus/$$target; \

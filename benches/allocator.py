@@ -2,16 +2,16 @@
 
     python benches/allocator.py [--quick] [--repeat 3] [--json FILE]
 
-Rivals: `allocator.empty`, the same by `with allocator.numpy():`, `numpy.empty`, and malloc and free through
-ctypes (whose calls cost 0.3 us by themselves). Each measurement is a process of its own.
+Rivals: `allocator.empty`, the same by `with allocator.numpy():`, `numpy.empty`, and malloc and free
+through ctypes (whose calls cost 0.3 us by themselves). Each measurement is a process of its own.
 
 * **pair**: microseconds to allocate and free, nothing touched.
-* **used**: microseconds to allocate, write one byte in each page, and free, with the CPU time of the merging
-  thread counted in: what an array costs that is really used. Per page.
+* **used**: microseconds to allocate, write one byte in each page, and free, per page: what an array
+  costs that is really used. CPU is that of the whole process, the merging thread included.
 * **zeroed**: the same for `numpy.zeros` and calloc.
-* **trace**: a long random trace of sizes (many small, few large); "held / live" is what the process really has in
-  memory (PSS, less what it had before) by what is live, in the end and at its worst, and "after" what stays when
-  everything is freed.
+* **trace**: a long random trace of sizes, many small, few large. "held / live" is what the process
+  really has in memory (PSS, less what it had before) by what is live, in the end and at its worst;
+  "in pages" what is live rounded to pages by it; "after" what stays when all of it is freed.
 
 With "merging" the engine merges in the background meanwhile.
 """

@@ -1,8 +1,8 @@
 """Several replicas of a model take little more memory than one.
 
-A server that keeps replicas of a model (one for each worker thread, tenant or fine-tuned variant) holds the
-same weights several times. Here each replica's weights lie in an allocator, where equal weights are equal
-pages: they share memory until one of them is written, page by page.
+A server that keeps replicas of a model (one for each worker thread, tenant or fine-tuned variant)
+holds the same weights several times. Here each replica's weights lie in an allocator, where equal
+weights are equal pages: they share memory until one of them is written, page by page.
 
     python examples/pytorch_replicas.py [megabytes] [replicas]
 

@@ -90,11 +90,16 @@ def test_block_as_context_manager(allocator: pagemerge.Allocator) -> None:
         view = memoryview(block)
     assert not block.released
     # What went wrong inside is not hidden by the views that it left.
+    kept: list[memoryview] = []
+
+    def fail(block: pagemerge.Block) -> None:
+        kept.append(memoryview(block))
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError), allocator.allocate(5_000) as block:
-        kept = memoryview(block)
-        _ = 1 / 0
+        fail(block)
     assert not block.released
-    kept[0] = 2
+    kept[0][0] = 2
 
 
 def test_release_gives_memory_back_and_old_addresses_show_nobody_elses(

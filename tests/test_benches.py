@@ -1,4 +1,4 @@
-"""The benchmarks still run: two small cases of `benches/rivals.py`, whatever their figures are."""
+"""The benchmarks still run: small cases of some of them, whatever their figures are."""
 
 from __future__ import annotations
 
@@ -60,3 +60,22 @@ def test_rivals_measures_ksmd(tmp_path: Path) -> None:
         assert theirs["cpu"] > 0 < theirs["rest_all"]["cpu"]
         assert theirs["verify"]["wrong"] == 0
         assert f"{case} ksmd" in text
+
+
+def test_allocator_measures_and_reports(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    script = RIVALS.parent / "allocator.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--repeat", "1", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())
+    for rows in measured["sizes"].values():
+        assert {"allocator", "allocator.numpy()", "numpy", "malloc"} <= set(rows)
+        assert all(row["pair"] > 0 and row["used"] > 0 for [row] in rows.values())
+    assert measured["trace"]["allocator"][0]["live"] == measured["trace"]["numpy"][0]["live"] > 0
+    assert "65,536 allocator.numpy()" in done.stdout
+    assert "held / live" in done.stdout

@@ -323,7 +323,7 @@ def test_generators_that_are_left_in_the_middle(allocator: pagemerge.Allocator) 
     assert not allocator.owns(np.ones(100_000))
 
 
-# ------------------------------------------------------------------------------- threads and merging
+# ---------------------------------------------------------------------------- threads and merging
 
 
 @pytest.mark.usefixtures("full_barrier")
@@ -405,8 +405,7 @@ def physical(engine=None, allocator=None):
     # What malloc keeps of what loading has freed is nobody's.
     ctypes.CDLL(None).malloc_trim(0)
     total = pagemerge.memory_usage()["pss"]
-    # Frames are in PSS as far as they are mapped; what the memfd has beyond, and the records that lie
-    # elsewhere, count as well.
+    # Frames are in PSS as far as they are mapped; what the memfd has beyond counts as well.
     if engine is not None:
         stats = engine.stats()
         shared = pagemerge.memory_usage()["pss_shmem"]
@@ -437,7 +436,8 @@ try:
 finally:
     os.unlink(path)
 right = model()
-assert all((first[name] == array).all() and (second[name] == array).all() for name, array in right.items())
+for copy in first, second:
+    assert all((copy[name] == array).all() for name, array in right.items())
 size = sum(array.nbytes for array in right.values())
 del right
 assert one > 0.95 * size, (one, size)
@@ -470,7 +470,8 @@ try:
         gc.collect()
         allocator.trim()
         stats = engine.stats()
-        assert (stats.frames, stats.frames_bytes, stats.regions, stats.rmap_items) == (0, 0, 0, 0), stats
+        left = stats.frames, stats.frames_bytes, stats.regions, stats.rmap_items
+        assert left == (0, 0, 0, 0), stats
         assert allocator.stats().arenas == 0
         now = (physical(engine), mappings())
         print(now)

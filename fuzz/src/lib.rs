@@ -1,6 +1,7 @@
 //! What the fuzz targets do with an input. Each is a function of bytes that panics when something is
 //! wrong, so that the committed inputs can be replayed by an ordinary test, without libFuzzer.
 
+pub mod alloc_ops;
 pub mod core_model;
 mod naive;
 pub mod proc_text;

@@ -9,6 +9,10 @@ use std::path::Path;
 const MORE: u64 = 600;
 
 fn replay(target: &str, run: fn(&[u8])) {
+    replay_with(target, MORE, run);
+}
+
+fn replay_with(target: &str, more: u64, run: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("corpus")
         .join(target);
@@ -23,7 +27,7 @@ fn replay(target: &str, run: fn(&[u8])) {
         .collect();
     assert!(!inputs.is_empty(), "{} is empty", corpus.display());
     inputs.sort();
-    for seed in 0..MORE {
+    for seed in 0..more {
         inputs.push((format!("seed {seed}"), made(seed)));
     }
     for (name, input) in &inputs {
@@ -58,4 +62,10 @@ fn tree_agrees_with_an_ordered_list() {
 #[test]
 fn texts_of_proc_are_read_without_panics() {
     replay("proc_text", pagemerge_fuzz::proc_text::run);
+}
+
+/// Each input has an engine of its own, on live memory: fewer of those from seeds.
+#[test]
+fn allocator_agrees_with_its_model() {
+    replay_with("alloc_ops", MORE / 6, pagemerge_fuzz::alloc_ops::run);
 }

@@ -1,26 +1,25 @@
 """``Allocator``: memory in which equal values are equal pages.
 
-What decides about pages is compiled; here are the ways in which arrays are made. They are ndarrays like any
-others: numpy makes them itself, while the allocator serves its requests for memory.
+What decides about pages is compiled; here are the ways in which arrays are made. They are ndarrays
+like any others: numpy makes them itself, while the allocator serves its requests for memory.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from pagemerge._core import AllocatorStats, Block, Engine, NumpyContext, _Allocator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 _T = TypeVar("_T")
-_Shape = "SupportsIndex | Sequence[SupportsIndex]"
+_Shape: TypeAlias = "SupportsIndex | Sequence[SupportsIndex]"
 _Order = Literal["C", "F"]
 
 THRESHOLD = 16384
@@ -36,11 +35,11 @@ class Allocator:
     block, on average.
 
     Memory comes zeroed, and goes back to the machine when it is freed. Blocks and arrays free
-    themselves. They outlive the allocator, its engine, and a fork: when the engine is closed, or in a
-    child, they are ordinary memory.
+    themselves. They outlive the allocator, its engine, and a fork: when the engine is closed, or in
+    a child, they are ordinary memory.
 
-    Nothing merges by itself: call ``allocator.engine.settle()``, or ``allocator.engine.start()`` to have
-    it done in the background. Any number of threads may use an allocator.
+    Nothing merges by itself: call ``allocator.engine.settle()``, or ``allocator.engine.start()`` to
+    have it done in the background. Any number of threads may use an allocator.
 
     Args:
         engine: The engine that merges what is allocated; None makes one with default settings.
@@ -57,12 +56,13 @@ class Allocator:
     """
 
     __module__ = "pagemerge"
-    __slots__ = ("__weakref__", "_context", "_heap")
+    _made: Callable[..., NDArray[Any]]
+    __slots__ = ("__weakref__", "_heap", "_made")
 
     def __init__(self, engine: Engine | None = None, *, domain: str = "") -> None:
         self._heap = _Allocator(engine, domain)
         # Whoever asks for an array by name gets one from here, however small it is.
-        self._context = self._heap.numpy(0)
+        self._made = self._heap.numpy(0)._call
 
     @property
     def engine(self) -> Engine:
@@ -81,7 +81,7 @@ class Allocator:
     def empty(
         self, shape: _Shape, dtype: DTypeLike = float, *, order: _Order = "C"
     ) -> NDArray[Any]:
-        """Return a new array, as :func:`numpy.empty` does. (It is all zero.)
+        """Return a new array, as :func:`numpy.empty` does; it is all zero.
 
         It is an ordinary ndarray, in every way: it owns its data, can be resized, pickled (what is
         loaded lies wherever the loading process puts it), viewed and freed.
@@ -91,16 +91,14 @@ class Allocator:
             MemoryError: As for :meth:`allocate`.
         """
         found = _plain(dtype)
-        with self._context:
-            return np.empty(shape, found, order)
+        return self._made(np.empty, shape, found, order)
 
     def zeros(
         self, shape: _Shape, dtype: DTypeLike = float, *, order: _Order = "C"
     ) -> NDArray[Any]:
         """Return a new array of zeroes. See :meth:`empty`."""
         found = _plain(dtype)
-        with self._context:
-            return np.zeros(shape, found, order)
+        return self._made(np.zeros, shape, found, order)
 
     def full(
         self,
@@ -110,8 +108,10 @@ class Allocator:
         *,
         order: _Order = "C",
     ) -> NDArray[Any]:
-        """Return a new array filled with ``fill_value``, as :func:`numpy.full`. See :meth:`empty`."""
-        made = self.empty(shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order)
+        """Return a new array filled with a value, as :func:`numpy.full` does. See :meth:`empty`."""
+        made = self.empty(
+            shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order
+        )
         np.copyto(made, fill_value, casting="unsafe")
         return made
 
@@ -125,15 +125,14 @@ class Allocator:
         """Return a copy of ``data`` as a new array, as :func:`numpy.array`. See :meth:`empty`."""
         source = np.asarray(data, dtype)
         _plain(source.dtype)
-        with self._context:
-            return np.array(source, order=order)
+        return self._made(source.copy, order)
 
     def copy(self, thing: _T) -> _T:
-        """Return a deep copy of anything that can be pickled, with the data of its arrays in the allocator.
+        """Return a deep copy of anything that can be pickled, with the data of its arrays here.
 
-        For what was made elsewhere: models and tables that others have loaded, or what ``pickle.load``
-        has made (``allocator.copy(pickle.load(file))``). Subclasses of ndarray, and arrays of objects, are
-        copied to where they would be unpickled.
+        For what was made elsewhere: models and tables that others have loaded, or what
+        ``pickle.load`` has made (``allocator.copy(pickle.load(file))``). Subclasses of ndarray, and
+        arrays of objects, are copied to where they would be unpickled.
 
         Example:
             >>> import numpy as np, pagemerge
@@ -152,22 +151,22 @@ class Allocator:
     def numpy(self, threshold: int = THRESHOLD) -> NumpyContext:
         """Have numpy allocate here: a context for ``with``.
 
-        The data of every array that is made in it, by numpy or by what is built on numpy (``np.load``,
-        arithmetic, pandas columns), comes from this allocator if it has ``threshold`` bytes or more.
-        Smaller ones are numpy's as before. Arrays outlive the context; those that are resized stay here, or
-        move across the threshold.
+        The data of every array that is made in it, by numpy or by what is built on numpy
+        (``np.load``, arithmetic, pandas columns), comes from this allocator if it has ``threshold``
+        bytes or more. Smaller ones are numpy's as before. Arrays outlive the context; those that
+        are resized stay here, or move across the threshold.
 
         A context belongs to the thread, or the asyncio task, that enters it. Others are not
         affected: a thread enters it for itself (``ThreadPoolExecutor(initializer=allocator.numpy()
-        .__enter__)`` has every worker do so for good); a task that is made inside inherits it. The same
-        context may be entered again, also within itself, and by several threads.
+        .__enter__)`` has every worker do so for good); a task that is made inside inherits it. The
+        same context may be entered again, also within itself, and by several threads.
 
-        What does not ask numpy for memory is not affected either: views, ``frombuffer``, memory-mapped
-        files, and large arrays that are unpickled, whose data numpy leaves where the unpickler has
-        read it. For these there is :meth:`copy`.
+        What does not ask numpy for memory is not affected either: views, ``frombuffer``,
+        memory-mapped files, and large arrays that are unpickled, whose data numpy leaves where the
+        unpickler has read it. For these there is :meth:`copy`.
 
         Raises:
-            RuntimeError: (When it is left.) It was not the last to be entered in this thread or task.
+            RuntimeError: (On leaving.) It was not the last to be entered in this thread or task.
 
         Example:
             >>> import numpy as np, pagemerge
@@ -181,15 +180,15 @@ class Allocator:
             raise ValueError(f"the threshold is a number of bytes, not {threshold}")
         return self._heap.numpy(threshold)
 
-    def owns(self, array: NDArray[Any] | Block) -> bool:
-        """Return whether the memory of an array (or block) begins where a block of this allocator does."""
-        found = array if isinstance(array, np.ndarray) else np.frombuffer(array, np.uint8)
-        return self._heap.owns(found.__array_interface__["data"][0])
+    def owns(self, array: NDArray[Any]) -> bool:
+        """Return whether the memory of an array begins where a block of this allocator does."""
+        return self._heap.owns(array.__array_interface__["data"][0])
 
     def trim(self) -> None:
         """Give all memory back that no block has, and wait until that is done.
 
-        Otherwise some MiB are kept for the next block of the same size, and 64 MiB of address space.
+        Otherwise some MiB are kept for the next block of the same size, and 64 MiB of address
+        space.
         """
         self._heap.trim()
 
@@ -223,7 +222,7 @@ def _plain(dtype: DTypeLike) -> np.dtype[Any]:
     found = np.dtype(dtype)
     if found.hasobject:
         raise TypeError(
-            f"cannot allocate an array of {found}: it holds references to Python objects, which lie "
-            "elsewhere; use a dtype of plain values"
+            f"cannot allocate an array of {found}: it holds references to Python objects, which "
+            "lie elsewhere; use a dtype of plain values"
         )
     return found

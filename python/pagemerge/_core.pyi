@@ -4,6 +4,7 @@ Memory counts in pages of ``PAGE_SIZE`` bytes unless a name ends in ``_bytes``. 
 counters carry the names that the files of ksmd in sysfs have, with the same meanings.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, final, overload
@@ -44,7 +45,7 @@ PAGE_SIZE: int
 
 __version__: str
 
-_Buffer: TypeAlias = typing_extensions.Buffer | numpy.ndarray[Any, Any]
+_Buffer: TypeAlias = typing_extensions.Buffer | numpy.ndarray[Any, Any] | Block
 """Any object with a contiguous buffer: ndarray, bytearray, mmap, memoryview, bytes, array."""
 
 _OnOff: TypeAlias = bool | Literal[0, 1]
@@ -709,7 +710,8 @@ class AllocatorStats:
     live_bytes: int
     """What was asked for, for them."""
     held_bytes: int
-    """The pages that they are in, and those that have been freed and are not given back yet. How much of
+    """The pages that they are in, and those that have been freed and are not given back yet. How
+    much of
     it really is in memory, merged or not, :func:`memory_usage` tells."""
     reserved_bytes: int
     """Address space."""
@@ -718,7 +720,8 @@ class AllocatorStats:
     arenas: int
     """Pieces of address space, those of large blocks included."""
     not_merging: str | None
-    """Why some of it, or all, is not merged: the engine is closed, or a parent's, or has refused it."""
+    """Why some of it, or all, is not merged: the engine is closed, or a parent's, or has refused
+    it."""
 
     def keys(self) -> list[str]:
         """Return the names."""
@@ -728,16 +731,17 @@ class AllocatorStats:
     def __iter__(self) -> Iterator[str]: ...
     def __contains__(self, name: str, /) -> bool: ...
     def __sub__(self, earlier: AllocatorStats, /) -> AllocatorStats: ...
+    def __rsub__(self, value: object, /) -> Any: ...
 
 @final
 class Block:
     """Memory of an allocator: what :meth:`Allocator.allocate` returns.
 
-    A writable buffer of bytes (``memoryview(block)``, ``numpy.frombuffer(block)``), zero at first. It
-    begins on a page, and is freed with its last view.
+    A writable buffer of bytes (``memoryview(block)``, ``numpy.frombuffer(block)``), zero at first.
+    It begins on a page, and is freed with its last view.
 
-    Used as a context manager, it is released at the end. (If that is left by an exception, views that
-    the exception still holds keep the block.)
+    Used as a context manager, it is released at the end. (If that is left by an exception, views
+    that the exception still holds keep the block.)
 
     Example:
         >>> import pagemerge
@@ -768,8 +772,9 @@ class Block:
         """
 
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __release_buffer__(self, view: memoryview, /) -> None: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, view: memoryview, /) -> None: ...
     def __enter__(self) -> Block: ...
     def __exit__(
         self,
@@ -787,6 +792,7 @@ class NumpyContext:
     def threshold(self) -> int:
         """Arrays of fewer bytes are left to numpy."""
 
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
     def __enter__(self) -> NumpyContext: ...
     def __exit__(
         self,

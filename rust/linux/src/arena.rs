@@ -27,7 +27,7 @@
 
 use crate::engine::{Engine, RegionHandle};
 use crate::error::Error;
-use crate::sys::mapping::{Mapping, Protection};
+use crate::sys::mapping::{Advice, Mapping, Protection};
 use crate::worker::{self, Stage};
 use std::sync::{Arc, OnceLock};
 
@@ -53,15 +53,19 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Maps `pages` pages of zeroes, and has them registered.
+    /// Maps `pages` pages of zeroes, and has them registered. `huge`: huge pages are welcome there.
     ///
     /// # Errors
     /// The kernel has no such memory. That the engine does not take it is not an error:
     /// [`refusal`](Self::refusal) tells.
-    pub fn new(engine: &Engine, pages: u32, domain: &str) -> Result<Self, Error> {
+    pub fn new(engine: &Engine, pages: u32, domain: &str, huge: bool) -> Result<Self, Error> {
         let bytes = (pages as usize).saturating_mul(crate::page_size());
         let mapping = Mapping::anonymous(bytes, Protection::ReadWrite)
             .map_err(|e| Error::os(format!("cannot map {bytes} bytes"), e.into()))?;
+        if huge {
+            // A hint: the kernel may have none.
+            let _ = mapping.advise(Advice::HugePage);
+        }
         let arena = Self {
             pages,
             mapping: Arc::new(mapping),
@@ -79,7 +83,7 @@ impl Arena {
         let (id, share) = (engine.id(), Arc::clone(&arena.mapping));
         let (told, domain) = (Arc::clone(&arena.told), domain.to_owned());
         let posted = worker::post(move |stage| {
-            let done = stage.on(id, |engine| engine.register_own(share, &domain));
+            let done = stage.on(id, |engine| engine.register_own(share, &domain, huge));
             // Set here only, as this job was posted.
             let _ = told.set(done.and_then(|done| done).map_err(|why| why.to_string()));
         });

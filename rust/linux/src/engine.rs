@@ -335,15 +335,16 @@ impl EngineState {
             .sum()
     }
 
-    /// An arena, whose mapping was made a moment ago.
+    /// An arena, whose mapping was made a moment ago; `huge`: huge pages are welcome.
     pub(crate) fn register_own(
         &mut self,
         mapping: Arc<Mapping>,
         domain: &str,
+        huge: bool,
     ) -> Result<RegionHandle, Error> {
         let live = Live::own(&mapping);
         let handle = RegionHandle::of(live.span())?;
-        self.register(handle, live, live.span(), domain, Some(mapping))?;
+        self.register(handle, live, live.span(), domain, Some((mapping, huge)))?;
         Ok(handle)
     }
 
@@ -378,7 +379,7 @@ impl EngineState {
         live: Live,
         buffer: Span,
         domain: &str,
-        own: Option<Arc<Mapping>>,
+        own: Option<(Arc<Mapping>, bool)>,
     ) -> Result<(), Error> {
         let _phase = enter(Phase::Register);
         // Its directories grow with its size, if slowly.
@@ -397,8 +398,11 @@ impl EngineState {
         } else {
             self.space.untrack_again();
             // What we have just mapped can be merged: the list of mappings need not be read for that.
-            let found = match own {
-                Some(_) => Eligible::default(),
+            let found = match &own {
+                Some((_, huge)) => Eligible {
+                    huge: huge.then_some(true),
+                    ..Eligible::default()
+                },
                 None => self.space.check_mergeable(live.span())?,
             };
             let got = self
@@ -417,7 +421,7 @@ impl EngineState {
             id,
             buffer,
             domain: domain.to_owned(),
-            own,
+            own: own.map(|(mapping, _)| mapping),
         };
         self.regions.insert(handle.id, member);
         if self.scanner.run() == RunMode::Merge && self.due.is_none() {
@@ -607,7 +611,7 @@ impl EngineState {
             };
             let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
             // What is refused (locked memory is) is kept without sharing.
-            let state = match self.register_own(memory, &domain) {
+            let state = match self.register_own(memory, &domain, false) {
                 Ok(handle) => LotState::Registered(handle),
                 Err(error) => {
                     tracing::debug!(%error, "lent memory is not merged");

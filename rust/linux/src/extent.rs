@@ -113,10 +113,12 @@ impl Extent {
     where
         T: Send + 'static,
     {
-        let inside = |(at, count): &(u32, u32)| {
-            at.checked_add(*count).is_some_and(|end| end <= self.pages)
-        };
-        assert!(runs.iter().all(inside), "these pages are not of this extent");
+        let inside =
+            |(at, count): &(u32, u32)| at.checked_add(*count).is_some_and(|end| end <= self.pages);
+        assert!(
+            runs.iter().all(inside),
+            "these pages are not of this extent"
+        );
         if self.epoch != fork::epoch() {
             return;
         }

@@ -20,7 +20,7 @@ mod sync {
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 }
 
-use handoff::{Gate, Helping, Next, Serves, Shut, Shuts, made_once, serve};
+use handoff::{Gate, Helping, Next, Serves, Shut, Shuts, Turnstile, made_once, serve};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -113,6 +113,67 @@ fn gate_that_a_parent_held_is_taken_over_by_one_thread_at_a_time() {
             other.join().unwrap();
         }
         guarded.pass();
+    });
+}
+
+/// What threads do inside is whole, and seen, when a fork copies it: also for one who comes in while the fork
+/// is under way.
+#[test]
+fn fork_finds_nobody_inside() {
+    struct Books {
+        turnstile: Turnstile,
+        lock: Mutex<[u32; 2]>,
+        /// What a fork copies takes no lock.
+        copied: UnsafeCell<[u32; 2]>,
+    }
+
+    // SAFETY: that nobody is at it while a fork copies it is what is tested; loom checks each access.
+    #[allow(unsafe_code, reason = "the cell under test")]
+    unsafe impl Sync for Books {}
+
+    impl Books {
+        fn change(&self) {
+            self.turnstile.enter(|_| thread::yield_now());
+            let mut held = self.lock.lock().unwrap();
+            held[0] += 1;
+            self.copied.with_mut(|at| {
+                // SAFETY: as above.
+                #[allow(unsafe_code, reason = "the cell under test")]
+                unsafe {
+                    *at = *held;
+                }
+            });
+            held[1] += 1;
+            drop(held);
+            self.turnstile.leave();
+        }
+    }
+
+    explore(|| {
+        let books = Arc::new(Books {
+            turnstile: Turnstile::of(AtomicU32::new(0)),
+            lock: Mutex::new([0; 2]),
+            copied: UnsafeCell::new([0; 2]),
+        });
+        let other = Arc::clone(&books);
+        let other = thread::spawn(move || {
+            other.change();
+            other.change();
+        });
+        books.turnstile.shut(|_| thread::yield_now());
+        let copied = books.copied.with(|at| {
+            // SAFETY: as above.
+            #[allow(unsafe_code, reason = "the cell under test")]
+            unsafe {
+                *at
+            }
+        });
+        let found = *books.lock.try_lock().expect("nobody is inside");
+        assert_eq!(found[0], found[1], "a change is half done");
+        assert_eq!(copied[0], found[0]);
+        books.turnstile.open();
+        other.join().unwrap();
+        assert_eq!(*books.lock.lock().unwrap(), [2; 2]);
     });
 }
 

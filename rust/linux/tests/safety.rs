@@ -121,7 +121,7 @@ fn every_unsafe_is_in_the_inventory_and_the_numbers_are_right() {
     let root = root();
     let mut wrong = Vec::new();
     let mut seen = BTreeSet::new();
-    for part in ["core", "linux", "py", "sim"] {
+    for part in ["alloc", "core", "linux", "py", "sim"] {
         let mut files = Vec::new();
         sources(&root.join("rust").join(part).join("src"), &mut files);
         for file in files {
@@ -191,6 +191,7 @@ fn every_test_that_the_document_names_exists() {
             };
             let places = [
                 format!("rust/linux/tests/{file}.rs"),
+                format!("rust/alloc/tests/{file}.rs"),
                 format!("rust/core/tests/{file}.rs"),
                 format!("rust/sim/tests/{file}.rs"),
                 format!("rust/linux/src/{file}.rs"),

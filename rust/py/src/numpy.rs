@@ -369,6 +369,20 @@ impl NumpyContext {
         Ok(())
     }
 
+    /// Calls `function` within the context, for arrays that are asked for by name.
+    #[pyo3(signature = (function, *arguments))]
+    fn _call<'py>(
+        &self,
+        function: &Bound<'py, PyAny>,
+        arguments: &Bound<'py, PyTuple>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = function.py();
+        let before = set_handler(py, self.handler.bind(py))?;
+        let made = function.call1(arguments);
+        set_handler(py, &before)?;
+        made
+    }
+
     fn __repr__(&self) -> String {
         format!(
             "<pagemerge.NumpyContext for arrays of {} bytes and more>",

@@ -500,13 +500,15 @@ impl Inner {
                 }
                 Ok((runs, changed, None))
             }
-            Ok((runs, changed)) if tail > 0 => match self.heap.keep(source.part(len - tail, tail)) {
-                Ok(at) => Ok((runs, changed, Some(at))),
-                Err(error) => {
-                    self.drop_runs(&runs);
-                    Err(error)
+            Ok((runs, changed)) if tail > 0 => {
+                match self.heap.keep(source.part(len - tail, tail)) {
+                    Ok(at) => Ok((runs, changed, Some(at))),
+                    Err(error) => {
+                        self.drop_runs(&runs);
+                        Err(error)
+                    }
                 }
-            },
+            }
             Ok((runs, changed)) => Ok((runs, changed, None)),
             Err(error) => Err(error),
         };
