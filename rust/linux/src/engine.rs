@@ -606,12 +606,14 @@ impl EngineState {
                 continue;
             };
             let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
-            // What is refused (locked memory is) is kept without sharing.
             let state = match self.register_own(memory, &domain) {
                 Ok(handle) => LotState::Registered(handle),
+                // Locked memory is refused, for one. It is kept without sharing.
+                Err(Error::NotMergeable { .. }) => LotState::Refused,
                 Err(error) => {
-                    tracing::debug!(%error, "lent memory is not merged");
-                    LotState::Refused
+                    tracing::debug!(%error, "lent memory is not merged yet");
+                    self.lots_wait = true;
+                    LotState::Waiting
                 }
             };
             if let Some(lot) = self.lots.get_mut(&number) {
@@ -621,9 +623,10 @@ impl EngineState {
     }
 
     /// Without a barrier it is the callers who see to it that nobody writes while pages are merged, and
-    /// they cannot know who writes here.
+    /// they cannot know who writes here. With the one for user mode a system call that reads this memory
+    /// could fail, and whoever makes it has never registered any.
     fn lots_may_merge(&self) -> bool {
-        self.space.barrier() != Barrier::None
+        self.space.barrier() == Barrier::Full
     }
 
     /// Whether a lot's memory may be merged.
@@ -775,6 +778,7 @@ fn nanos(time: Duration) -> u64 {
 struct Handle {
     id: u64,
     epoch: (u64, u32),
+    mark: u64,
     events: Arc<Mutex<EventLog>>,
 }
 
@@ -829,6 +833,7 @@ impl Engine {
         Ok(Self(Arc::new(Handle {
             id,
             epoch: fork::epoch(),
+            mark: fork::mark(),
             events: Arc::new(Mutex::new(EventLog::default())),
         })))
     }
@@ -1053,10 +1058,10 @@ impl Engine {
         self.on(|engine| Ok(Digester::new(engine.space.key())))
     }
 
-    /// Whether this process is the one that made the engine.
+    /// Whether this process is the one that made the engine. Takes no system call.
     #[must_use]
     pub fn is_here(&self) -> bool {
-        self.0.epoch == fork::epoch()
+        self.0.mark == fork::mark()
     }
 
     /// `run = 1`: merges in the background.

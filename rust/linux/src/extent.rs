@@ -113,10 +113,12 @@ impl Extent {
     where
         T: Send + 'static,
     {
-        let inside = |(at, count): &(u32, u32)| {
-            at.checked_add(*count).is_some_and(|end| end <= self.pages)
-        };
-        assert!(runs.iter().all(inside), "these pages are not of this extent");
+        let inside =
+            |(at, count): &(u32, u32)| at.checked_add(*count).is_some_and(|end| end <= self.pages);
+        assert!(
+            runs.iter().all(inside),
+            "these pages are not of this extent"
+        );
         if self.epoch != fork::epoch() {
             return;
         }
@@ -241,22 +243,27 @@ impl Drop for Segment {
 pub struct Digester {
     /// Taken only by drop.
     key: Option<Arc<HashKey>>,
-    epoch: (u64, u32),
+    mark: u64,
 }
 
 impl Digester {
     pub(crate) fn new(key: Arc<HashKey>) -> Self {
         Self {
             key: Some(key),
-            epoch: fork::epoch(),
+            mark: fork::mark(),
         }
     }
 
     /// Makes ready to hash, for a short time: the secret is on the stack meanwhile.
     ///
-    /// In a child of the process that made the engine, which does not get the secret, the program ends.
+    /// # Panics
+    /// In a child of the process that made the engine, which does not get the secret.
     #[must_use]
     pub fn begin(&self) -> Hashing {
+        assert!(
+            self.mark == fork::mark(),
+            "the secret of digests stays with the process that drew it"
+        );
         Hashing(self.key.as_ref().expect("only drop takes it").hasher())
     }
 }
@@ -264,7 +271,7 @@ impl Digester {
 impl Drop for Digester {
     fn drop(&mut self) {
         let key = self.key.take();
-        if self.epoch != fork::epoch() {
+        if self.mark != fork::mark() {
             mem::forget(key);
         }
     }

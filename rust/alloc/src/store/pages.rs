@@ -451,7 +451,11 @@ impl Pages {
             && let Some(there) = pages(self, other)
         {
             let smaller = pages(self, number).is_some_and(|here| here <= there);
-            let (kept, dropped) = if smaller { (number, other) } else { (other, number) };
+            let (kept, dropped) = if smaller {
+                (number, other)
+            } else {
+                (other, number)
+            };
             self.idle = Some(kept);
             self.drop_lot(dropped);
         }
