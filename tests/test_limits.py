@@ -234,12 +234,14 @@ def test_store_at_a_memory_limit_refuses_and_keeps_what_it_has(
         short(
             group,
             """
-    import os
+    import os, time
     store = pagemerge.Store()
     values = [os.urandom(100_000) for _ in range(20)]
     blobs = [store.put(value) for value in values]
     tiny = [store.put(b"%040d" % n) for n in range(1000)]
     limit(24 << 20)
+    # What was looked up before is no longer believed by then.
+    time.sleep(0.2)
     before, refused = store.stats(), 0
     more = []
     for size in (300_000, 3_000):
@@ -255,7 +257,8 @@ def test_store_at_a_memory_limit_refuses_and_keeps_what_it_has(
             assert "no memory" in str(error), error
             refused += 1
     assert refused == 2 and len(more) > 30, (refused, len(more))
-    assert [bytes(blob) for blob in blobs] == values
+    # (A piece at a time: what is left is little.)
+    assert all(blob == value for blob, value in zip(blobs, values))
     assert all(blob == b"%040d" % n for n, blob in enumerate(tiny))
     more.clear()
     after = store.stats()

@@ -575,7 +575,12 @@ impl EngineState {
     }
 
     /// Takes note of memory that is lent.
-    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String) {
+    ///
+    /// Says whether it is made of huge pages, as far as the kernel has them: not if it is likely to be
+    /// merged.
+    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String, huge: bool) -> bool {
+        let huge = huge && (self.is_for_lots_only() || !self.lots_may_merge());
+        Extent::advise(&memory, huge);
         let lot = Lot {
             memory,
             domain,
@@ -583,6 +588,13 @@ impl EngineState {
         };
         self.lots.insert(number, lot);
         self.lots_wait = true;
+        huge
+    }
+
+    /// Whether nothing is registered but what is lent.
+    fn is_for_lots_only(&self) -> bool {
+        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
+        registered.count() == self.regions.len()
     }
 
     /// Registers what is lent, once there is other memory that it might equal.
@@ -590,8 +602,7 @@ impl EngineState {
         if !self.lots_wait || !self.lots_may_merge() {
             return;
         }
-        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
-        if registered.count() == self.regions.len() {
+        if self.is_for_lots_only() {
             return;
         }
         self.lots_wait = false;
@@ -1034,20 +1045,17 @@ impl Engine {
     }
 
     /// Lends memory that this engine knows of: as soon as it has other memory to merge, these pages may
-    /// share frames with it, within `domain`.
+    /// share frames with it, within `domain`. With `huge`, the kernel may make huge pages of it.
     ///
     /// # Errors
     /// A closed or forked engine, no memory or no mapping left.
-    pub fn lend_extent(&self, pages: u32, domain: &str) -> Result<Extent, Error> {
+    pub fn lend_extent(&self, pages: u32, domain: &str, huge: bool) -> Result<Extent, Error> {
         let memory = Extent::map(pages)
             .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
         let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (known, domain) = (Arc::clone(&memory), domain.to_owned());
-        self.on(move |engine| {
-            engine.add_lot(number, known, domain);
-            Ok(())
-        })?;
-        Ok(Extent::new(self.0.id, number, memory, pages))
+        let huge = self.on(move |engine| Ok(engine.add_lot(number, known, domain, huge)))?;
+        Ok(Extent::new(self.0.id, number, memory, pages, huge))
     }
 
     /// The hash by which this engine orders pages, for bytes of the caller's.
