@@ -1,4 +1,4 @@
-"""The benchmarks still run: small cases of some of them, whatever their figures are."""
+"""The benchmarks still run: small cases of them, whatever their figures are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import ksm_kernel
 import pytest
 
-RIVALS = Path(__file__).parent.parent / "benches" / "rivals.py"
+BENCHES = Path(__file__).parent.parent / "benches"
+RIVALS = BENCHES / "rivals.py"
 
 
 def _run(folder: Path, rivals: str) -> tuple[dict[str, Any], str]:
@@ -64,7 +65,7 @@ def test_rivals_measures_ksmd(tmp_path: Path) -> None:
 
 def test_allocator_measures_and_reports(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    script = RIVALS.parent / "allocator.py"
+    script = BENCHES / "allocator.py"
     done = subprocess.run(
         [sys.executable, str(script), "--quick", "--repeat", "1", "--json", str(figures)],
         capture_output=True,
@@ -79,3 +80,28 @@ def test_allocator_measures_and_reports(tmp_path: Path) -> None:
     assert measured["trace"]["allocator"][0]["live"] == measured["trace"]["numpy"][0]["live"] > 0
     assert "65,536 allocator.numpy()" in done.stdout
     assert "held / live" in done.stdout
+
+
+def test_store_measures_and_reports(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHES / "store.py"), "--mib", "1", "--repeat", "1"]
+    done = subprocess.run(
+        [*command, "--sizes", "1000,65536", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())
+    for size in (1000, 65_536):
+        for share in (0, 50, 100):
+            for rival in ("dict", "dict+sha256", "dict+hash", "store"):
+                row = measured["cases"][f"{size}/{share}/{rival}"]
+                assert row["put_ns"] > 0 < row["get_ns"]
+                assert row["logical_bytes"] == size * row["count"]
+    held = measured["cases"]["1000/100/store"]["stats"]
+    assert held["unique_bytes"] < 0.2 * held["logical_bytes"]
+    ratios = measured["ratios"]
+    assert ratios["duplicate_put_of_memcpy"] > 0 < ratios["unique_put_of_dict"]
+    assert "of memcpy's speed" in done.stdout
+    assert "diskcache" in measured["skipped"] or "1000/0/diskcache" in measured["cases"]

@@ -224,3 +224,48 @@ def test_program_at_its_own_limit_gets_memory_errors_and_goes_on(program: Progra
         assert (array == 7).all()
         """
     )
+
+
+def test_store_at_a_memory_limit_refuses_and_keeps_what_it_has(
+    program: Program, group: Group
+) -> None:
+    """Making a page at the limit would bring the OOM killer in: there is a look at what is left."""
+    program(
+        short(
+            group,
+            """
+    import os, time
+    store = pagemerge.Store()
+    values = [os.urandom(100_000) for _ in range(20)]
+    blobs = [store.put(value) for value in values]
+    tiny = [store.put(b"%040d" % n) for n in range(1000)]
+    limit(24 << 20)
+    # What was looked up before is no longer believed by then.
+    time.sleep(0.2)
+    before, refused = store.stats(), 0
+    more = []
+    for size in (300_000, 3_000):
+        source = bytearray(os.urandom(size))
+        try:
+            for n in range(20_000):
+                source[:8] = n.to_bytes(8, "little")
+                source[size // 2 : size // 2 + 8] = n.to_bytes(8, "little")
+                for at in range(0, size, 4096):
+                    source[at : at + 8] = (n ^ at << 32).to_bytes(8, "little")
+                more.append(store.put(source))
+        except MemoryError as error:
+            assert "no memory" in str(error), error
+            refused += 1
+    assert refused == 2 and len(more) > 30, (refused, len(more))
+    # (A piece at a time: what is left is little.)
+    assert all(blob == value for blob, value in zip(blobs, values))
+    assert all(blob == b"%040d" % n for n, blob in enumerate(tiny))
+    more.clear()
+    after = store.stats()
+    assert (after.logical_bytes, after.unique_bytes, after.entries) == (
+        before.logical_bytes, before.unique_bytes, before.entries), (before, after)
+    assert bytes(store.put(b"z" * 200_000)) == b"z" * 200_000
+    assert met() == 0, met()
+    """,
+        )
+    )

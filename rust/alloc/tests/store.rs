@@ -129,14 +129,14 @@ fn threads_that_put_the_same_share_it_and_lose_nothing() {
         .map(|len| noise(len, len as u64))
         .collect();
     std::thread::scope(|scope| {
-        for thread in 0..4_u64 {
+        for thread in 0..4_usize {
             let (store, values) = (&store, &values);
             scope.spawn(move || {
-                let mut held: HashMap<u64, (Blob, Vec<u8>)> = HashMap::new();
-                for round in 0..2000_u64 {
-                    let pick = (round * 7 + thread * 3) as usize;
+                let mut held: HashMap<usize, (Blob, Vec<u8>)> = HashMap::new();
+                for round in 0..2000_usize {
+                    let pick = round * 7 + thread * 3;
                     let bytes = if round % 3 == 0 {
-                        noise(pick % 9000, round << 8 | thread)
+                        noise(pick % 9000, (round << 8 | thread) as u64)
                     } else {
                         values[pick % values.len()].clone()
                     };

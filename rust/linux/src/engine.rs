@@ -108,6 +108,8 @@ struct Lot {
     /// Held until its region has ended, which is what the region's promise rests on.
     memory: Arc<Mapping>,
     domain: String,
+    /// Huge pages are welcome there.
+    huge: bool,
     state: LotState,
 }
 
@@ -579,14 +581,27 @@ impl EngineState {
     }
 
     /// Takes note of memory that is lent.
-    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String) {
+    ///
+    /// Says whether it is made of huge pages, as far as the kernel has them: not if it is likely to be
+    /// merged.
+    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String, huge: bool) -> bool {
+        let huge = huge && (self.is_for_lots_only() || !self.lots_may_merge());
+        Extent::advise(&memory, huge);
         let lot = Lot {
             memory,
             domain,
+            huge,
             state: LotState::Waiting,
         };
         self.lots.insert(number, lot);
         self.lots_wait = true;
+        huge
+    }
+
+    /// Whether nothing is registered but what is lent.
+    fn is_for_lots_only(&self) -> bool {
+        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
+        registered.count() == self.regions.len()
     }
 
     /// Registers what is lent, once there is other memory that it might equal.
@@ -594,8 +609,7 @@ impl EngineState {
         if !self.lots_wait || !self.lots_may_merge() {
             return;
         }
-        let registered = self.lots.keys().filter(|lot| self.has_registered(**lot));
-        if registered.count() == self.regions.len() {
+        if self.is_for_lots_only() {
             return;
         }
         self.lots_wait = false;
@@ -609,13 +623,15 @@ impl EngineState {
             let Some(lot) = self.lots.get(&number) else {
                 continue;
             };
-            let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
-            // What is refused (locked memory is) is kept without sharing.
-            let state = match self.register_own(memory, &domain, false) {
+            let (memory, domain, huge) = (Arc::clone(&lot.memory), lot.domain.clone(), lot.huge);
+            let state = match self.register_own(memory, &domain, huge) {
                 Ok(handle) => LotState::Registered(handle),
+                // Locked memory is refused, for one. It is kept without sharing.
+                Err(Error::NotMergeable { .. }) => LotState::Refused,
                 Err(error) => {
-                    tracing::debug!(%error, "lent memory is not merged");
-                    LotState::Refused
+                    tracing::debug!(%error, "lent memory is not merged yet");
+                    self.lots_wait = true;
+                    LotState::Waiting
                 }
             };
             if let Some(lot) = self.lots.get_mut(&number) {
@@ -625,9 +641,10 @@ impl EngineState {
     }
 
     /// Without a barrier it is the callers who see to it that nobody writes while pages are merged, and
-    /// they cannot know who writes here.
+    /// they cannot know who writes here. With the one for user mode a system call that reads this memory
+    /// could fail, and whoever makes it has never registered any.
     fn lots_may_merge(&self) -> bool {
-        self.space.barrier() != Barrier::None
+        self.space.barrier() == Barrier::Full
     }
 
     /// Whether a lot's memory may be merged.
@@ -779,6 +796,7 @@ fn nanos(time: Duration) -> u64 {
 struct Handle {
     id: u64,
     epoch: (u64, u32),
+    mark: u64,
     events: Arc<Mutex<EventLog>>,
 }
 
@@ -833,6 +851,7 @@ impl Engine {
         Ok(Self(Arc::new(Handle {
             id,
             epoch: fork::epoch(),
+            mark: fork::mark(),
             events: Arc::new(Mutex::new(EventLog::default())),
         })))
     }
@@ -1033,20 +1052,17 @@ impl Engine {
     }
 
     /// Lends memory that this engine knows of: as soon as it has other memory to merge, these pages may
-    /// share frames with it, within `domain`.
+    /// share frames with it, within `domain`. With `huge`, the kernel may make huge pages of it.
     ///
     /// # Errors
     /// A closed or forked engine, no memory or no mapping left.
-    pub fn lend_extent(&self, pages: u32, domain: &str) -> Result<Extent, Error> {
+    pub fn lend_extent(&self, pages: u32, domain: &str, huge: bool) -> Result<Extent, Error> {
         let memory = Extent::map(pages)
             .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
         let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (known, domain) = (Arc::clone(&memory), domain.to_owned());
-        self.on(move |engine| {
-            engine.add_lot(number, known, domain);
-            Ok(())
-        })?;
-        Ok(Extent::new(self.0.id, number, memory, pages))
+        let huge = self.on(move |engine| Ok(engine.add_lot(number, known, domain, huge)))?;
+        Ok(Extent::new(self.0.id, number, memory, pages, huge))
     }
 
     /// The hash by which this engine orders pages, for bytes of the caller's.
@@ -1057,10 +1073,10 @@ impl Engine {
         self.on(|engine| Ok(Digester::new(engine.space.key())))
     }
 
-    /// Whether this process is the one that made the engine.
+    /// Whether this process is the one that made the engine. Takes no system call.
     #[must_use]
     pub fn is_here(&self) -> bool {
-        self.0.epoch == fork::epoch()
+        self.0.mark == fork::mark()
     }
 
     /// `run = 1`: merges in the background.

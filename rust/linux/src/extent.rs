@@ -21,7 +21,9 @@
 //!
 //! # Cost
 //! Lending is a mapping and a job of the merging thread. Pages are made by [`Extent::prepare`] in
-//! stretches, since faults one by one take longer.
+//! stretches, since faults one by one take longer. In huge pages, where the kernel has them, a page costs
+//! 0.5 us; these are for large borrowers, and not for engines that have other memory: they would have to
+//! be split before a page of them can be shared.
 
 use crate::fork;
 use crate::hash::{HashKey, PageHasher};
@@ -42,12 +44,20 @@ pub struct Extent {
     /// Taken only by drop.
     memory: Option<Arc<Mapping>>,
     pages: u32,
+    huge: bool,
     epoch: (u64, u32),
 }
 
 impl Extent {
-    pub(crate) fn new(engine: u64, number: u64, memory: Arc<Mapping>, pages: u32) -> Self {
+    pub(crate) fn new(
+        engine: u64,
+        number: u64,
+        memory: Arc<Mapping>,
+        pages: u32,
+        huge: bool,
+    ) -> Self {
         Self {
+            huge,
             engine,
             number,
             memory: Some(memory),
@@ -59,14 +69,28 @@ impl Extent {
     /// Memory for an extent.
     pub(crate) fn map(pages: u32) -> io::Result<Arc<Mapping>> {
         let bytes = pages as usize * crate::page_size();
-        let memory = Mapping::anonymous(bytes, Protection::ReadWrite)?;
-        // Pages come and go one by one. Where the kernel refuses a hint nothing is lost but memory.
-        let _ = memory.advise(Advice::NoHugePage);
-        Ok(Arc::new(memory))
+        Ok(Arc::new(Mapping::anonymous(bytes, Protection::ReadWrite)?))
+    }
+
+    /// Welcomes huge pages in fresh memory, or refuses them.
+    pub(crate) fn advise(memory: &Mapping, huge: bool) {
+        // Where the kernel refuses a hint nothing is lost but memory, or time.
+        let _ = memory.advise(if huge {
+            Advice::HugePage
+        } else {
+            Advice::NoHugePage
+        });
     }
 
     fn memory(&self) -> &Mapping {
         self.memory.as_ref().expect("only drop takes it")
+    }
+
+    /// Whether the kernel may make huge pages of it: a page that is made there may bring its neighbours,
+    /// as many as a huge page has.
+    #[must_use]
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// How many pages it has.
@@ -243,22 +267,27 @@ impl Drop for Segment {
 pub struct Digester {
     /// Taken only by drop.
     key: Option<Arc<HashKey>>,
-    epoch: (u64, u32),
+    mark: u64,
 }
 
 impl Digester {
     pub(crate) fn new(key: Arc<HashKey>) -> Self {
         Self {
             key: Some(key),
-            epoch: fork::epoch(),
+            mark: fork::mark(),
         }
     }
 
     /// Makes ready to hash, for a short time: the secret is on the stack meanwhile.
     ///
-    /// In a child of the process that made the engine, which does not get the secret, the program ends.
+    /// # Panics
+    /// In a child of the process that made the engine, which does not get the secret.
     #[must_use]
     pub fn begin(&self) -> Hashing {
+        assert!(
+            self.mark == fork::mark(),
+            "the secret of digests stays with the process that drew it"
+        );
         Hashing(self.key.as_ref().expect("only drop takes it").hasher())
     }
 }
@@ -266,7 +295,7 @@ impl Digester {
 impl Drop for Digester {
     fn drop(&mut self) {
         let key = self.key.take();
-        if self.epoch != fork::epoch() {
+        if self.mark != fork::mark() {
             mem::forget(key);
         }
     }

@@ -30,6 +30,8 @@
 use crate::error::Error;
 use crate::handoff;
 use crate::sys;
+use crate::sys::leaked::Leaked;
+use crate::sys::mapping::{Advice, Mapping, Protection};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -212,8 +214,43 @@ pub(crate) fn watch_forks() -> Result<(), Error> {
             .map_err(|e| Error::os("cannot watch for forks (pthread_atfork)", e.into()))?;
         COUNTED.store(std::process::id(), Ordering::Relaxed);
         INSTALLED.store(true, Ordering::Relaxed);
+        remember_mark();
     }
     Ok(())
+}
+
+/// A page that children find empty.
+static MARK: Leaked<Mapping> = Leaked::empty();
+
+/// [`epoch`] in one number, for those who ask at every turn: it takes no system call, but the first time in
+/// a process.
+pub(crate) fn mark() -> u64 {
+    let made = || {
+        let (epoch, process) = epoch();
+        epoch << 32 | u64::from(process)
+    };
+    let Some(page) = MARK.get() else {
+        return made();
+    };
+    match page.read_u64(0) {
+        // Whoever else finds nothing there makes the same.
+        0 => {
+            let mark = made();
+            page.write_u64(0, mark);
+            mark
+        }
+        mark => mark,
+    }
+}
+
+/// Has [`mark`] remember, where the kernel can see to it that children forget.
+fn remember_mark() {
+    if MARK.get().is_none()
+        && let Ok(page) = Mapping::anonymous(sys::page_size(), Protection::ReadWrite)
+        && page.advise(Advice::WipeOnFork).is_ok()
+    {
+        MARK.set(page);
+    }
 }
 
 /// Forks so far: a frame generation made at one count ends when the count has moved on.

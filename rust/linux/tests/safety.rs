@@ -194,6 +194,7 @@ fn every_test_that_the_document_names_exists() {
                 format!("rust/alloc/tests/{file}.rs"),
                 format!("rust/core/tests/{file}.rs"),
                 format!("rust/sim/tests/{file}.rs"),
+                format!("rust/alloc/tests/{file}.rs"),
                 format!("rust/linux/src/{file}.rs"),
                 format!("rust/linux/src/sys/{file}.rs"),
                 format!("rust/linux/src/space/{file}.rs"),

@@ -36,14 +36,23 @@ impl Export {
         })
     }
 
-    /// The same for bytes whose order matters: a matrix has to be stored by rows.
-    pub(crate) fn of_row(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Self> {
-        let export = Self::of(object, what)?;
-        if export.buffer.is_c_contiguous() {
-            return Ok(export);
+    /// The same for bytes whose order matters (a matrix has to be stored by rows), and that are read at
+    /// once: fewer than `guarded` are read before any other code can run.
+    pub(crate) fn of_row(object: &Bound<'_, PyAny>, what: &str, guarded: usize) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object).map_err(|cause| refusal(object, what, cause))?;
+        if !buffer.is_c_contiguous() {
+            let cause = PyBufferError::new_err("the buffer is not contiguous, row by row");
+            return Err(refusal(object, what, cause));
         }
-        let cause = PyBufferError::new_err("the buffer is stored by columns");
-        Err(refusal(object, what, cause))
+        // (A free-threaded build is one without the stable interface: there, others always run.)
+        if buffer.len_bytes() >= guarded || cfg!(not(feature = "abi3")) {
+            drop(buffer);
+            return Self::of(object, what);
+        }
+        Ok(Self {
+            buffer,
+            _guard: None,
+        })
     }
 
     /// Where the bytes lie.

@@ -111,7 +111,7 @@ fn with_bytes<T: Send>(
         let bytes = bytes.as_bytes();
         return Ok(lengthy(py, bytes.len(), || work(Source::from(bytes))));
     }
-    let export = Export::of_row(object, what)?;
+    let export = Export::of_row(object, what, LONG)?;
     let (address, len) = (export.address(), export.bytes());
     Ok(lengthy(py, len, || {
         let at = std::ptr::with_exposed_provenance(address);
@@ -322,7 +322,7 @@ impl Blob {
         reason = "a pointer is given out that the view keeps valid"
     )]
     unsafe fn __getbuffer__(
-        slf: Bound<'_, Self>,
+        slf: &Bound<'_, Self>,
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
@@ -350,6 +350,7 @@ impl Blob {
     /// # Safety
     /// As Python's `bf_releasebuffer`: `view` was filled by the above.
     #[allow(unsafe_code, reason = "takes back what the view has kept")]
+    #[allow(clippy::unused_self, reason = "the shape that Python's slot has")]
     unsafe fn __releasebuffer__(&self, view: *mut ffi::Py_buffer) {
         // SAFETY: Python gives the view that was filled above.
         let kept: *mut Window = unsafe { (*view).internal }.cast();

@@ -532,18 +532,15 @@ impl Inner {
         self.large_bytes += (LARGE_BYTES + runs.heap_bytes()) as u64;
         let large = Arc::new(Large::new(runs, tail, len));
         let place = Place::Large(Arc::clone(&large));
-        let at = match self.free_large.pop() {
-            Some(at) => {
-                self.large[at as usize] = Some(large);
-                at
+        let at = if let Some(at) = self.free_large.pop() {
+            self.large[at as usize] = Some(large);
+            at
+        } else {
+            if self.large.len() == self.large.capacity() {
+                self.large.reserve_exact(self.large.len() / 8 + 8);
             }
-            None => {
-                if self.large.len() == self.large.capacity() {
-                    self.large.reserve_exact(self.large.len() / 8 + 8);
-                }
-                self.large.push(Some(large));
-                u32::try_from(self.large.len() - 1).expect("no more than there are values")
-            }
+            self.large.push(Some(large));
+            u32::try_from(self.large.len() - 1).expect("no more than there are values")
         };
         let number = self.values.insert(hash, Where::Large(at));
         self.count_put(len);
@@ -722,7 +719,7 @@ impl Inner {
             Place::Empty => 0,
             Place::Small { len, .. } => rounded(usize::from(*len)),
             Place::Large(large) => {
-                let page = page_size() as f64;
+                let page = u32::try_from(page_size()).map_or(0.0, f64::from);
                 let mut bytes = 0.0;
                 for run in large.runs.as_slice() {
                     let Some(stretch) = &run.stretch else {

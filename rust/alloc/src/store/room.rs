@@ -5,35 +5,42 @@
 //!
 //! # Cost
 //! A look reads some files of `/proc` and of the cgroup, some 100 us. It allows a sixteenth of what is
-//! left, so it is repeated the more often the less that is, and at least every 64 MiB.
+//! left, for a short time, since others take memory, too.
 
 use super::error::Error;
 use pagemerge_linux::accounting;
 use std::io;
+use std::time::{Duration, Instant};
 
 /// So much is left to the program.
-const RESERVE: u64 = 1 << 20;
+const RESERVE: u64 = 4 << 20;
 /// One look allows no more than this.
 const MOST: u64 = 64 << 20;
 const SHARE: u64 = 16;
+/// And for no longer than this.
+const FRESH: Duration = Duration::from_millis(50);
 
 /// What the last look allowed, less what has been taken since.
 #[derive(Debug, Default)]
-pub(super) struct Room(u64);
+pub(super) struct Room {
+    allowed: u64,
+    looked: Option<Instant>,
+}
 
 impl Room {
     /// Refuses to make more memory than there is.
     pub(super) fn take(&mut self, bytes: usize) -> Result<(), Error> {
         let wanted = bytes as u64;
-        if self.0 < wanted {
+        if self.allowed < wanted || self.looked.is_none_or(|at| at.elapsed() > FRESH) {
             // What cannot be asked is not a limit.
             let left = accounting::headroom().unwrap_or(u64::MAX);
             if left < wanted.saturating_add(RESERVE) {
                 return Err(Error::no_memory(bytes, io::ErrorKind::OutOfMemory.into()));
             }
-            self.0 = ((left - RESERVE) / SHARE).min(MOST).max(wanted);
+            self.allowed = ((left - RESERVE) / SHARE).min(MOST).max(wanted);
+            self.looked = Some(Instant::now());
         }
-        self.0 -= wanted;
+        self.allowed -= wanted;
         Ok(())
     }
 }

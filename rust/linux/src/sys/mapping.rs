@@ -119,8 +119,7 @@ advices! {
     /// Children get it (the default).
     DoFork = libc::MADV_DOFORK, MadviseFork;
     /// Children find zeroes.
-    #[cfg(test)]
-    WipeOnFork = libc::MADV_WIPEONFORK, MadviseOther;
+    WipeOnFork = libc::MADV_WIPEONFORK, MadviseFork;
     /// Not in core dumps.
     DontDump = libc::MADV_DONTDUMP, MadviseDump;
     /// Huge pages welcome.

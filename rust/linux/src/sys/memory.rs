@@ -161,7 +161,9 @@ pub(crate) unsafe fn store(from: *const u8, to: *mut u8, len: usize) {
         done += LANE;
     }
     // SAFETY: inside the range of which the caller answers.
-    let (from, to) = unsafe { (from.add(done), to.add(done)) };
+    let from = unsafe { from.add(done) };
+    // SAFETY: as above.
+    let to = unsafe { to.add(done) };
     // SAFETY: the end of the range of which the caller answers.
     unsafe { store_bytes(from, to, len - done) };
 }
