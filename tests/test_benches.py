@@ -13,6 +13,7 @@ import ksm_kernel
 import pytest
 
 RIVALS = Path(__file__).parent.parent / "benches" / "rivals.py"
+SERVER = RIVALS.with_name("cache_server.py")
 
 
 def _run(folder: Path, rivals: str) -> tuple[dict[str, Any], str]:
@@ -60,3 +61,25 @@ def test_rivals_measures_ksmd(tmp_path: Path) -> None:
         assert theirs["cpu"] > 0 < theirs["rest_all"]["cpu"]
         assert theirs["verify"]["wrong"] == 0
         assert f"{case} ksmd" in text
+
+
+def test_cache_server_measures_and_reports(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(SERVER), "--quick", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())
+    # memcached is beside it where it is installed.
+    names = {"pagemerge", "memcached"} - set(measured["skipped"])
+    for row in measured["rows"]:
+        assert set(row["rivals"]) == names
+        for [turn] in row["rivals"].values():
+            assert turn["items"] == turn["values"] > 0
+            assert min(turn[key] for key in ("set", "get", "alone_set", "alone_get")) > 0
+        assert f"{row['size']:,} B {row['kind']}, pagemerge" in done.stdout
+    [limited] = measured["held"]
+    assert limited["pagemerge"]["full"] and limited["pagemerge"]["held"] > 20_000

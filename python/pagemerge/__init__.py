@@ -1,8 +1,9 @@
 """Kernel samepage merging, run by the program itself.
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
-by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which equal
-values are equal pages, a :class:`Store` keeps bytes, each content once from the start.
+by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which
+equal values are equal pages, a :class:`Store` keeps bytes, each content once from the start, and a
+:class:`Cache` is limited by what its values take there together.
 :func:`evaluate` says what there is to gain, :func:`capabilities` what this machine allows.
 """
 
@@ -26,6 +27,7 @@ from pagemerge._core import (
     kernel_defaults,
     memory_usage,
 )
+from pagemerge._cache import Cache
 from pagemerge._enums import AdvisorMode, Barrier, Remerge, RunMode, TreeOrder
 from pagemerge._errors import (
     BusyError,
@@ -49,6 +51,7 @@ __all__ = [
     "Blob",
     "Block",
     "BusyError",
+    "Cache",
     "Capabilities",
     "ClosedError",
     "Engine",

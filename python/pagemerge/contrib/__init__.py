@@ -1,0 +1,2 @@
+"""``pagemerge.Cache`` behind the interfaces of others. Each module needs the package it is named
+after."""
