@@ -2,7 +2,7 @@
 
 The store holds the values, and equal ones once. So what limits a cache of equal values is what
 Python needs for an entry: a bytes object for the key and its place in a dict, some eighty bytes. A
-`Blob` for each would be as much again; keys whose values are equal share one.
+`Blob` for each would be as much again; keys whose values are equal and short share one.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Items:
                 if not self.recent:
                     return False
                 self._evict()
-        if 4 * blob.charged_bytes <= len(blob):
-            # Some have this value already.
+        if len(blob) <= 4096 and 4 * blob.charged_bytes <= len(blob):
+            # Some have this value already, and it is so short that a blob matters.
             same = self.equal.setdefault(hash(blob), blob)
             blob = same if same == blob else blob
         self._add(key, blob, flags, end)

@@ -349,13 +349,32 @@ def a_command(draw: st.DrawFn) -> bytes:
     if name == b"flush_all":
         return b"flush_all" + quiet + b"\r\n"
     value = draw(st.sampled_from(VALUES))
-    flags = draw(st.sampled_from([b"0", b"1", b"4294967295", b"4294967296", b"-1", b"f"]))
+    flags = draw(st.sampled_from([b"0", b"1", b"4294967295", b"-1", b"f"]))
     end = draw(st.sampled_from([b"0", b"1000", b"-1", b"e"]))
     size = str(len(value) + draw(st.sampled_from([0, 0, 0, 0, 0, 1]))).encode()
     words = [name, key, flags, end, size] + ([b"123456789"] if name == b"cas" else [])
     if draw(st.integers(0, 9)) == 0:
         words.pop()
     return b" ".join(words) + quiet + b"\r\n" + value + b"\r\n"
+
+
+def answers(running: Running, commands: list[bytes]) -> list[bytes]:
+    """What is answered to each command, which is sent alone.
+
+    memcached loses what it was about to answer when a `get` among it is an error. And where a value
+    is shorter than was said, it takes what follows for a part of it, so something has to.
+    """
+    found = []
+    with running.connect() as connection:
+        for command in [b"flush_all\r\n", *commands, b"\r\n", b"get a bb\r\n"]:
+            connection.sendall(command + b"verbosity 1\r\nversion\r\n")
+            text = b""
+            while not re.search(rb"VERSION .*\r\n$", text):
+                piece = connection.recv(1 << 20)
+                assert piece, (command, text)
+                text += piece
+            found.append(text[: text.rindex(b"VERSION ")])
+    return found
 
 
 @settings(
@@ -365,8 +384,7 @@ def a_command(draw: st.DrawFn) -> bytes:
 def test_the_same_answers_as_memcached(
     both: tuple[Running, Running], commands: list[bytes]
 ) -> None:
-    text = b"flush_all\r\n" + b"".join(commands) + b"\r\nget a bb\r\n"
-    ours, theirs = (running.say(text) for running in both)
+    ours, theirs = (answers(running, commands) for running in both)
     assert ours == theirs
 
 
@@ -399,7 +417,7 @@ def test_load(server: Running, test: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Took" in done.stdout, done.stdout + done.stderr
+    assert f"Time to {test} " in done.stdout, done.stdout + done.stderr
 
 
 def fill(running: Running, first: int, count: int, value: bytes) -> None:
