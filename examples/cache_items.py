@@ -8,6 +8,8 @@ Python needs for an entry: a bytes object for the key and its place in a dict, s
 from __future__ import annotations
 
 import collections
+import itertools
+import os
 import time
 import weakref
 from typing import Any
@@ -15,7 +17,8 @@ from typing import Any
 import pagemerge
 
 #: Bytes that Python needs: for a key, a blob, flags or an end, and a number that `gets` has told.
-KEY, BLOB, TUPLE, UNIQUE = 80, 64, 110, 150
+KEY, BLOB, TUPLE, UNIQUE = 80, 80, 110, 150
+MONTH = 60 * 60 * 24 * 30
 #: A blob; if it has flags or an end, (blob, flags, end).
 Entry = Any
 
@@ -80,6 +83,7 @@ class Items:
     def __init__(self, memory: int) -> None:
         self.store, self.limit = pagemerge.Store(), memory
         self.counts: collections.Counter[str] = collections.Counter()
+        self._numbers = itertools.count(1)
         # By hash: the one blob of many keys. It goes with the last of them.
         self.equal: weakref.WeakValueDictionary[int, pagemerge.Blob] = weakref.WeakValueDictionary()
         self.clear()
@@ -103,8 +107,9 @@ class Items:
         """What the command `stats` tells, under memcached's names where it has them."""
         stats = self.store.stats()
         own = ("logical_bytes", "unique_bytes", "metadata_bytes")
-        counts = ("cmd_set", "get_hits", "get_misses", "evictions")
+        counts = ("curr_connections", "cmd_set", "get_hits", "get_misses", "evictions")
         return {
+            "pid": os.getpid(),
             "time": int(time.time()),
             "version": pagemerge.__version__,
             "curr_items": len(self),
@@ -160,8 +165,14 @@ class Items:
                 self._evict()
         return True
 
-    def count(self, key: bytes, delta: int) -> bytes:
+    def unique(self, key: bytes) -> int:
+        """Return a number that a key has until it is changed."""
+        return self.uniques.get(key) or self.uniques.setdefault(key, next(self._numbers))
+
+    def count(self, key: bytes, delta: bytes, up: bool) -> bytes:
         """Add to a number of 64 bits, or subtract down to 0; return what is to be said about it."""
+        if not delta.isdigit() or int(delta) >= 1 << 64:
+            return b"CLIENT_ERROR invalid numeric delta argument"
         found = self.get(key)
         if found is None:
             return b"NOT_FOUND"
@@ -169,7 +180,8 @@ class Items:
         old = bytes(blob) if len(blob) <= 20 else b""
         if not old.rstrip().isdigit() or int(old) >= 1 << 64:
             return b"CLIENT_ERROR cannot increment or decrement non-numeric value"
-        new = b"%d" % ((int(old) + delta) % (1 << 64) if delta >= 0 else max(0, int(old) + delta))
+        number = (int(old) + int(delta)) % (1 << 64) if up else max(0, int(old) - int(delta))
+        new = b"%d" % number
         self.set(key, new.ljust(len(old)), flags, end)  # It does not become shorter.
         return new
 
@@ -196,3 +208,14 @@ class Items:
     def _evict(self) -> None:
         self._gone(*self.recent.oldest())
         self.counts["evictions"] += 1
+
+
+def integer(word: bytes) -> bool:
+    """Whether it is a number, negative ones included."""
+    return word.removeprefix(b"-").isdigit() and abs(int(word)) < 1 << 63
+
+
+def moment(end: bytes) -> float:
+    """When an entry ends: 0 is never; up to a month it is so many seconds from now."""
+    seconds = int(end)
+    return seconds if not seconds or seconds > MONTH else max(1.0, time.time() + seconds)

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import functools
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pagemerge
-from cache_items import Items
+from cache_items import Items, integer, moment
 
-LINE, BATCH, MONTH = 2048, 1 << 20, 60 * 60 * 24 * 30
+LINE, BATCH = 2048, 1 << 20
+QUIET = set(
+    b"set add replace append prepend cas delete incr decr touch flush_all verbosity".split()
+)
+#: Clients decide by the number what they may ask for.
+VERSION = b"VERSION 1.6.0-pagemerge-" + pagemerge.__version__.encode()
 MALFORMED = b"CLIENT_ERROR bad command line format"
+BAD_VALUE = b"CLIENT_ERROR bad data chunk"
 
 
 class Connection(asyncio.BufferedProtocol):
     """One client. Commands are carried out as they come, and answered in order."""
 
     buffer = bytearray(1 << 18)  # everybody's: what is read is used before anything else is read
-    uniques = itertools.count(1)
 
     def __init__(self, items: Items, connections: set[Connection], largest: int) -> None:
         self.items, self.connections, self.largest = items, connections, largest
@@ -42,10 +46,8 @@ class Connection(asyncio.BufferedProtocol):
         self.transport, self.fd = transport, transport.get_extra_info("socket").fileno()
         self.connections.add(self)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _error: Exception | None) -> None:
         self.connections.discard(self)
-
-    # -- Out
 
     def say(self, text: bytes) -> None:
         if not self.quiet:
@@ -62,25 +64,22 @@ class Connection(asyncio.BufferedProtocol):
         except BlockingIOError:
             pass
         except OSError:
-            return self.transport.abort()
+            self.transport.abort()
+            return
         for piece in out[at:]:
             self.transport.write(memoryview(piece)[sent:])
             sent = 0
 
     def pause_writing(self) -> None:
-        # The client does not read, so nothing more is done for it.
-        self.full = True
+        self.full = True  # The client does not read, so nothing more is done for it.
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
         self.full = False
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
-            self.commands(b"")
+        self.transport.resume_reading()
+        self.commands(b"")
 
-    # -- In
-
-    def get_buffer(self, sizehint: int) -> memoryview:
+    def get_buffer(self, _size: int) -> memoryview:
         return memoryview(self.buffer if self.body is None else self.body)[self.got :]
 
     def buffer_updated(self, size: int) -> None:
@@ -105,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.ending = len(data) - at > LINE and data[at : at + 3] != b"get"
                 break
             words, at = data[at:end].split(), end + 1
-            self.quiet = words[1:] != [] and words[-1] == b"noreply" and words[0][:3] != b"get"
+            self.quiet = words[-1:] == [b"noreply"] and words[0] in QUIET
             size = self.command(words[:-1] if self.quiet else words)
             if size is not None:
                 if len(data) - at < size:
@@ -123,24 +122,26 @@ class Connection(asyncio.BufferedProtocol):
 
     def command(self, words: list[bytes]) -> int | None:
         """Carry out a command, or return how many bytes it needs first: its value and CRLF."""
-        if any(len(word) > 250 for word in words[1:]):
+        if any(len(word) > 250 for word in words[1:]) and words[0] in QUIET | {b"get", b"gets"}:
             return self.say(MALFORMED)
         match words:
             case [b"get" | b"gets" as name, _, *_]:
                 self.get(words[1:], name == b"gets")
-            case (
-                [b"set" | b"add" | b"replace" | b"append" | b"prepend", _, _, _, _]
-                | [b"cas", _, _, _, _, _]
-            ):
+            case [b"set" | b"add" | b"replace" | b"append" | b"prepend", _, _, _, _] | [
+                b"cas",
+                _,
+                _,
+                _,
+                _,
+                _,
+            ]:
                 return self.announced(*words)
             case [b"delete", key] | [b"delete", key, b"0"]:
                 self.say(b"DELETED" if self.items.drop(key) else b"NOT_FOUND")
             case [b"delete", _, _, *_]:
                 self.say(MALFORMED + b".  Usage: delete <key> [noreply]")
             case [b"incr" | b"decr" as name, key, delta]:
-                if not delta.isdigit() or int(delta) >= 1 << 64:
-                    return self.say(b"CLIENT_ERROR invalid numeric delta argument")
-                self.say(self.items.count(key, int(delta) if name == b"incr" else -int(delta)))
+                self.say(self.items.count(key, delta, name == b"incr"))
             case [b"touch", key, end]:
                 if not integer(end):
                     return self.say(b"CLIENT_ERROR invalid exptime argument")
@@ -150,18 +151,18 @@ class Connection(asyncio.BufferedProtocol):
                 self.say(b"OK")
             case [b"flush_all", delay]:
                 if not integer(delay):
-                    return self.say(MALFORMED)
+                    return self.say(b"CLIENT_ERROR invalid exptime argument")
                 # What is there at that time is gone then.
                 asyncio.get_running_loop().call_later(int(delay), self.items.clear)
                 self.say(b"OK")
             case [b"stats"]:
-                figures = {"pid": os.getpid(), "curr_connections": len(self.connections)}
-                for name, figure in (figures | self.items.stats()).items():
+                self.items.counts["curr_connections"] = len(self.connections)
+                for name, figure in self.items.stats().items():
                     self.say(f"STAT {name} {figure}".encode())
                 self.say(b"END")
-            case [b"version"]:
-                self.say(b"VERSION " + pagemerge.__version__.encode())
-            case [b"verbosity", _, *_]:
+            case [b"version", *_]:
+                self.say(VERSION)
+            case [b"verbosity", *rest] if len(rest) + self.quiet in (1, 2) and len(rest) < 2:
                 self.say(b"OK")
             case [b"quit", *_]:
                 self.ending = True
@@ -177,23 +178,17 @@ class Connection(asyncio.BufferedProtocol):
             if found is None:
                 continue
             blob, flags, _ = found
-            unique = b""
-            if tell:
-                number = self.items.uniques.get(key) or next(self.uniques)
-                self.items.uniques[key] = number
-                unique = b" %d" % number
+            unique = b" %d" % self.items.unique(key) if tell else b""
             head = b"VALUE %b %d %d%b\r\n" % (key, flags, len(blob), unique)
             self.out += [head, *blob.segments(), b"\r\n"]
             self.size += len(blob) + 200
         self.say(b"END")
 
-    def announced(
-        self, name: bytes, key: bytes, flags: bytes, end: bytes, size: bytes, unique: bytes = b"0"
-    ) -> int | None:
+    def announced(self, name: bytes, key: bytes, *numbers: bytes) -> int | None:
         """A value is to come."""
-        if not (flags.isdigit() and int(flags) < 1 << 32 and unique.isdigit()):
-            return self.say(MALFORMED)
-        if not (integer(end) and integer(size)) or int(size) < 0:
+        flags, end, size, unique = (*numbers, b"0")[:4]
+        whole = all(word.isdigit() for word in (flags, size, unique))
+        if not whole or not integer(end) or int(flags) >= 1 << 32:
             return self.say(MALFORMED)
         if int(size) > self.largest:
             self.items.drop(key)  # What was there is not what it should be any more.
@@ -203,47 +198,34 @@ class Connection(asyncio.BufferedProtocol):
         return int(size) + 2
 
     def value(self, body: memoryview) -> None:
+        self.say(self.stored(body[:-2]) if body[-2:] == b"\r\n" else BAD_VALUE)
+
+    def stored(self, value: Any) -> bytes:
         name, key, flags, end, unique = self.coming
-        items, value = self.items, body[:-2]
-        if body[-2:] != b"\r\n":
-            return self.say(b"CLIENT_ERROR bad data chunk")
-        items.counts["cmd_set"] += 1
-        found = None if name == b"set" else items.get(key)
-        if name == b"cas" and (found is None or items.uniques.get(key) != unique):
-            return self.say(b"NOT_FOUND" if found is None else b"EXISTS")
+        self.items.counts["cmd_set"] += 1
+        found = None if name == b"set" else self.items.get(key)
+        if name == b"cas" and (found is None or self.items.uniques.get(key) != unique):
+            return b"NOT_FOUND" if found is None else b"EXISTS"
         if name not in (b"set", b"cas") and (found is None) != (name == b"add"):
-            return self.say(b"NOT_STORED")
-        if found is not None and name != b"cas" and name != b"replace":
+            return b"NOT_STORED"
+        if found is not None and name in (b"append", b"prepend"):
             blob, flags, end = found
             pieces = [*blob.segments(), value]
             value = b"".join(pieces if name == b"append" else [value, *pieces[:-1]])
-        if len(value) > self.largest or not items.set(key, value, flags, end):
-            return self.say(b"SERVER_ERROR out of memory storing object")
-        self.say(b"STORED")
-
-
-def integer(word: bytes) -> bool:
-    return word.removeprefix(b"-").isdigit() and abs(int(word)) < 1 << 63
-
-
-def moment(end: bytes) -> float:
-    """When an entry ends: 0 is never; up to a month it is so many seconds from now."""
-    seconds = int(end)
-    return seconds if not seconds or seconds > MONTH else max(1.0, time.time() + seconds)
+        if len(value) > self.largest or not self.items.set(key, value, flags, end):
+            return b"SERVER_ERROR out of memory storing object"
+        return b"STORED"
 
 
 async def serve(options: argparse.Namespace) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     connections: set[Connection] = set()
     items = Items(options.memory << 20)
-
-    def connection() -> Connection:
-        return Connection(items, connections, int(options.largest * (1 << 20)))
-
+    made = functools.partial(Connection, items, connections, int(options.largest * (1 << 20)))
     if options.socket:
-        server = await loop.create_unix_server(connection, options.socket)
+        server = await loop.create_unix_server(made, options.socket)
     else:
-        server = await loop.create_server(connection, options.listen, options.port)
+        server = await loop.create_server(made, options.listen, options.port)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     print("ready at", server.sockets[0].getsockname(), flush=True)

@@ -51,7 +51,9 @@ def test_it_is_a_mapping() -> None:
     cache["a"] = b"first"
     cache["b"] = bytearray(b"second")
     cache[3] = memoryview(b"third")
-    assert len(cache) == 3 and "a" in cache and "c" not in cache
+    assert len(cache) == 3
+    assert "a" in cache
+    assert "c" not in cache
     assert set(cache) == {"a", "b", 3}
     assert {key: bytes(blob) for key, blob in cache.items()} == {
         "a": b"first",
@@ -60,10 +62,12 @@ def test_it_is_a_mapping() -> None:
     }
     assert sorted(map(bytes, cache.values())) == [b"first", b"second", b"third"]
     assert isinstance(cache["a"], pagemerge.Blob)
-    assert cache.get("c") is None and cache.get("c", 7) == 7
+    assert cache.get("c") is None
+    assert cache.get("c", 7) == 7
     assert bytes(cache.setdefault("a", b"other")) == b"first"
     assert bytes(cache.setdefault("d", b"fourth")) == b"fourth"
-    assert bytes(cache.pop("d")) == b"fourth" and cache.pop("d", 1) == 1
+    assert bytes(cache.pop("d")) == b"fourth"
+    assert cache.pop("d", 1) == 1
     with pytest.raises(KeyError, match="d"):
         cache.pop("d")
     with pytest.raises(KeyError, match="c"):
@@ -76,7 +80,8 @@ def test_it_is_a_mapping() -> None:
     assert bytes(cache["f"]) == b""
     assert "3 entries" in repr(cache)
     cache.clear()
-    assert len(cache) == 0 and cache.currsize == 0
+    assert len(cache) == 0
+    assert cache.currsize == 0
     with pytest.raises(KeyError):
         cache.popitem()
 
@@ -142,7 +147,8 @@ def test_only_bytes(wrong: Any) -> None:
         cache.setdefault("b", wrong)
     with pytest.raises(TypeError):
         cache[[]] = b"the key cannot be hashed"  # type: ignore[index]
-    assert bytes(cache["a"]) == b"kept" and len(cache) == 1
+    assert bytes(cache["a"]) == b"kept"
+    assert len(cache) == 1
 
 
 def test_arguments() -> None:
@@ -223,9 +229,12 @@ def test_ttl() -> None:
     clock.now = 5
     cache["b"] = value(2)
     clock.now = 9.9
-    assert "a" in cache and len(cache) == 2
+    assert "a" in cache
+    assert len(cache) == 2
     clock.now = 10
-    assert "a" not in cache and cache.get("a") is None and list(cache) == ["b"]
+    assert "a" not in cache
+    assert cache.get("a") is None
+    assert list(cache) == ["b"]
     assert len(cache) == 1
     with pytest.raises(KeyError):
         cache["a"]
@@ -252,7 +261,7 @@ def test_what_has_run_out_is_dropped_by_expire() -> None:
 
 
 def test_getsizeof_counts_as_in_cachetools() -> None:
-    cache: pagemerge.Cache[int] = pagemerge.Cache(3, getsizeof=lambda blob: 1)
+    cache: pagemerge.Cache[int] = pagemerge.Cache(3, getsizeof=lambda _: 1)
     theirs: cachetools.Cache[int, bytes] = cachetools.LRUCache(3)
     for key in range(5):
         cache[key] = b"equal"
@@ -429,7 +438,9 @@ def test_a_child_reads_what_it_inherited_and_puts_its_own() -> None:
             assert cache.currsize <= cache.maxsize
 
     in_a_child(work)
-    assert {key: bytes(blob) for key, blob in cache.items()} == {key: value(key) for key in range(5)}
+    assert {key: bytes(blob) for key, blob in cache.items()} == {
+        key: value(key) for key in range(5)
+    }
 
 
 def test_a_fork_in_the_middle_of_a_change_leaves_an_empty_cache() -> None:
@@ -466,35 +477,42 @@ def test_inside_zict(tmp_path: Path) -> None:
     """Dask's mappings hold it as the fast one, with files or anything else behind it."""
     fast: pagemerge.Cache[str] = pagemerge.Cache(math.inf)
     slow = zict.File(tmp_path)
-    buffer = zict.Buffer(fast, slow, n=6 * SIZE, weight=lambda key, blob: len(blob))
+    buffer = zict.Buffer(fast, slow, n=6 * SIZE, weight=lambda _, blob: len(blob))
     for number in range(20):
         buffer[f"key{number}"] = value(number)
-    assert len(fast) == 6 and len(buffer) == 20
+    assert len(fast) == 6
+    assert len(buffer) == 20
     for number in range(20):
         assert bytes(buffer[f"key{number}"]) == value(number)
     assert len(fast) <= 6
     del buffer["key0"]
-    assert "key0" not in buffer and len(buffer) == 19
+    assert "key0" not in buffer
+    assert len(buffer) == 19
     buffer.close()
 
 
 def test_inside_zicts_lru_and_cache() -> None:
     gone: list[str] = []
     inner: pagemerge.Cache[str] = pagemerge.Cache(math.inf)
-    lru = zict.LRU(3, inner, on_evict=lambda key, blob: gone.append(key))
+    lru = zict.LRU(3, inner, on_evict=lambda key, _: gone.append(key))
     for key in "abcd":
         lru[key] = value(ord(key))
-    assert gone == ["a"] and sorted(lru) == ["b", "c", "d"]
+    assert gone == ["a"]
+    assert sorted(lru) == ["b", "c", "d"]
 
     behind: dict[str, Any] = {}
     front: pagemerge.Cache[str] = pagemerge.Cache(room_for(1))
     through = zict.Cache(behind, front, update_on_set=False)
     through["x"], through["y"] = value(1), value(2)
-    assert through["x"] is behind["x"] and list(front) == ["x"]
-    assert bytes(through["x"]) == value(1) and through["x"] is not behind["x"]
-    assert bytes(through["y"]) == value(2) and list(front) == ["y"]
+    assert through["x"] is behind["x"]
+    assert list(front) == ["x"]
+    assert bytes(through["x"]) == value(1)
+    assert through["x"] is not behind["x"]
+    assert bytes(through["y"]) == value(2)
+    assert list(front) == ["y"]
     through["z"] = value(3)
-    assert behind["z"] == value(3) and bytes(through["z"]) == value(3)
+    assert behind["z"] == value(3)
+    assert bytes(through["z"]) == value(3)
     del through["x"]
     assert sorted(through) == ["y", "z"]
 

@@ -94,12 +94,25 @@ class Point:
 
 @pytest.mark.parametrize(
     "value",
-    [0, "", b"", None, 1.5, "é 日本", {"a": [1, (2,)]}, {3, 4}, b"\0" * 9, Point(3), [Point(1)] * 2],
+    [
+        0,
+        "",
+        b"",
+        None,
+        1.5,
+        "é 日本",
+        {"a": [1, (2,)]},
+        {3, 4},
+        b"\0" * 9,
+        Point(3),
+        [Point(1)] * 2,
+    ],
 )
 def test_django_keeps_what_can_be_pickled(cache: Any, value: object) -> None:
     cache.set("key", value)
     assert cache.get("key", "nothing") == value
-    assert "key" in cache and cache.has_key("key")
+    assert "key" in cache
+    assert cache.has_key("key")
 
 
 def test_django_gives_copies(cache: Any) -> None:
@@ -116,7 +129,8 @@ def test_django_add_delete_get_or_set(cache: Any) -> None:
     assert cache.get("a") == 1
     assert cache.delete("a") is True
     assert cache.delete("a") is False
-    assert cache.get("a") is None and cache.get("a", "default") == "default"
+    assert cache.get("a") is None
+    assert cache.get("a", "default") == "default"
     assert cache.get_or_set("a", lambda: 5) == 5
     assert cache.get_or_set("a", 6) == 5
     cache.set("none", None)
@@ -147,10 +161,12 @@ def test_django_counts(cache: Any) -> None:
 def test_django_versions(cache: Any) -> None:
     cache.set("key", "one")
     cache.set("key", "two", version=2)
-    assert cache.get("key") == "one" and cache.get("key", version=2) == "two"
+    assert cache.get("key") == "one"
+    assert cache.get("key", version=2) == "two"
     cache.set("moves", 1)
     assert cache.incr_version("moves") == 2
-    assert cache.get("moves") is None and cache.get("moves", version=2) == 1
+    assert cache.get("moves") is None
+    assert cache.get("moves", version=2) == 1
     assert cache.delete("key", version=2)
     assert cache.get("key") == "one"
 
@@ -247,7 +263,8 @@ def test_django_equal_values_are_held_once() -> None:
     assert all(cache.get(f"key{number}") == BIG for number in range(300))
     for number in range(10):
         cache.set(f"unique{number}", random.Random(number).randbytes(50_000))
-    assert cache.get("unique9") and not cache.get("unique0")
+    assert cache.get("unique9")
+    assert not cache.get("unique0")
     # Too large for all of it: the old value must not be taken for the new one.
     cache.set("unique9", random.Random(0).randbytes(300_000))
     assert cache.get("unique9") is None
@@ -267,18 +284,25 @@ def simple(request: pytest.FixtureRequest) -> CachelibBase:
 
 def test_cachelib(simple: CachelibBase) -> None:
     assert simple.set("a", {"b": 1}) is True
-    assert simple.get("a") == {"b": 1} and simple.get("x") is None
-    assert simple.has("a") and not simple.has("x")
-    assert simple.add("a", 2) is False and simple.add("c", 3) is True
+    assert simple.get("a") == {"b": 1}
+    assert simple.get("x") is None
+    assert simple.has("a")
+    assert not simple.has("x")
+    assert simple.add("a", 2) is False
+    assert simple.add("c", 3) is True
     assert simple.get_many("a", "x", "c") == [{"b": 1}, None, 3]
     assert simple.get_dict("a", "x") == {"a": {"b": 1}, "x": None}
     assert simple.set_many({"d": 4, "e": "é"})
     assert simple.get_many("d", "e") == [4, "é"]
-    assert simple.delete("a") is True and simple.delete("a") is False
+    assert simple.delete("a") is True
+    assert simple.delete("a") is False
     assert simple.delete_many("c", "d")
-    assert simple.inc("n") == 1 and simple.inc("n", 5) == 6 and simple.dec("n", 2) == 4
+    assert simple.inc("n") == 1
+    assert simple.inc("n", 5) == 6
+    assert simple.dec("n", 2) == 4
     assert simple.get("n") == 4
-    assert simple.clear() and not simple.has("e")
+    assert simple.clear()
+    assert not simple.has("e")
 
 
 def test_cachelib_timeouts(clock: Clock) -> None:
@@ -289,7 +313,8 @@ def test_cachelib_timeouts(clock: Clock) -> None:
     assert cache.get_many("ever", "brief", "past") == [1, 2, None]
     clock.ahead = 100
     assert cache.get_many("ever", "brief") == [1, None]
-    assert not cache.has("brief") and cache.add("brief", 4)
+    assert not cache.has("brief")
+    assert cache.add("brief", 4)
 
 
 def test_cachelib_what_is_too_large() -> None:
@@ -333,14 +358,19 @@ def test_flask_caching() -> None:
             assert client.get(f"/page/{number}").text.startswith("the same page")
     assert calls == list(range(50))
     with app.app_context():
-        assert add(1, 2) == add(1, 2) == 3 and calls[50:] == [(1, 2)]
+        assert add(1, 2) == add(1, 2) == 3
+        assert calls[50:] == [(1, 2)]
         cache.delete_memoized(add)
-        assert add(1, 2) == 3 and calls[50:] == [(1, 2)] * 2
+        assert add(1, 2) == 3
+        assert calls[50:] == [(1, 2)] * 2
         cache.set("a", 1)
-        assert cache.get("a") == 1 and cache.has("a")
+        assert cache.get("a") == 1
+        assert cache.has("a")
         cache.set_many({"b": 2, "c": 3})
-        assert cache.get_many("b", "c") == [2, 3] and cache.get_dict("c") == {"c": 3}
-        assert cache.delete("a") and not cache.has("a")
+        assert cache.get_many("b", "c") == [2, 3]
+        assert cache.get_dict("c") == {"c": 3}
+        assert cache.delete("a")
+        assert not cache.has("a")
         assert list(cache.delete_many("b", "c")) == ["b", "c"]
         cache.clear()
         assert not cache.has("b")

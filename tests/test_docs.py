@@ -104,7 +104,9 @@ def test_the_readme_names_commands_that_exist() -> None:
 
 
 #: The server runs until it is told to end, which is in `test_cache_server.py`.
-EXAMPLES = sorted(set((ROOT / "examples").glob("*.py")) - set((ROOT / "examples").glob("cache_*.py")))
+EXAMPLES = sorted(
+    set((ROOT / "examples").glob("*.py")) - set((ROOT / "examples").glob("cache_*.py"))
+)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

@@ -8,6 +8,7 @@ equal values are equal pages, a :class:`Store` keeps bytes, each content once fr
 """
 
 from pagemerge._allocator import Allocator
+from pagemerge._cache import Cache
 from pagemerge._core import (
     PAGE_SIZE,
     AllocatorStats,
@@ -27,7 +28,6 @@ from pagemerge._core import (
     kernel_defaults,
     memory_usage,
 )
-from pagemerge._cache import Cache
 from pagemerge._enums import AdvisorMode, Barrier, Remerge, RunMode, TreeOrder
 from pagemerge._errors import (
     BusyError,

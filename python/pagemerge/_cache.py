@@ -31,7 +31,7 @@ from collections.abc import (
     MutableMapping,
     ValuesView,
 )
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from pagemerge._core import Blob, Store
 from pagemerge._errors import StoreFullError
@@ -113,7 +113,7 @@ class Cache(MutableMapping[K, Blob]):
     __module__ = "pagemerge"
 
     #: Held during each operation. A fork replaces it in the child.
-    lock: threading.RLock  # type: ignore[valid-type]
+    lock: threading.RLock
 
     def __init__(
         self,
@@ -312,17 +312,17 @@ class Cache(MutableMapping[K, Blob]):
             return len(self._policy)
 
     def __iter__(self) -> Iterator[K]:
-        """The keys that there are now: what happens meanwhile does not disturb it."""
+        """Go through the keys that there are now; what happens meanwhile does not disturb it."""
         with self.lock:
             keys: list[K] = list(self._policy)
         return iter(keys)
 
     def items(self) -> ItemsView[K, Blob]:
-        """Keys and values. Going through them is no use that the policy would count."""
+        """Return a view of both. Going through them is no use that the policy counts."""
         return _Items(self)
 
     def values(self) -> ValuesView[Blob]:
-        """The values. Going through them is no use that the policy would count."""
+        """Return a view of the values. Going through them is no use that the policy counts."""
         return _Values(self)
 
     def _present(self) -> list[tuple[K, Blob]]:
@@ -438,7 +438,7 @@ class TimedCache(Cache[K]):
 def _length(value: _Buffer | Blob) -> int:
     if isinstance(value, Blob):
         return len(value)
-    with memoryview(value) as view:
+    with memoryview(cast("Any", value)) as view:
         return view.nbytes
 
 

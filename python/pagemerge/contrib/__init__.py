@@ -1,2 +1,1 @@
-"""``pagemerge.Cache`` behind the interfaces of others. Each module needs the package it is named
-after."""
+"""``pagemerge.Cache`` behind other interfaces. Each module needs the package it is named after."""
