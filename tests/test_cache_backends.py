@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 import time
@@ -315,6 +316,20 @@ def test_cachelib_timeouts(clock: Clock) -> None:
     assert cache.get_many("ever", "brief") == [1, None]
     assert not cache.has("brief")
     assert cache.add("brief", 4)
+
+
+def test_cachelib_other_serializers() -> None:
+    class Json:
+        def dumps(self, value: object) -> bytes:
+            return json.dumps(value).encode()
+
+        def loads(self, text: bytes) -> object:
+            return json.loads(text)
+
+    cache = contrib_cachelib.PagemergeCache()
+    cache.serializer = Json()
+    cache.set("a", {"b": [1, None]})
+    assert cache.get("a") == {"b": [1, None]}
 
 
 def test_cachelib_what_is_too_large() -> None:

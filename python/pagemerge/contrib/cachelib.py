@@ -66,7 +66,11 @@ class PagemergeCache(BaseCache):
     def get(self, key: str) -> Any:
         """Return a value, or None."""
         blob = self._cache.get(key)
-        return None if blob is None else self.serializer.loads(blob)
+        if blob is None:
+            return None
+        # pickle takes any buffer; of others no more is known than that they take bytes.
+        pickled = type(self.serializer) is SimpleSerializer
+        return self.serializer.loads(blob if pickled else bytes(blob))
 
     def set(self, key: str, value: Any, timeout: int | None = None) -> bool:
         """Set a value; return whether it could be."""
