@@ -136,6 +136,28 @@ def test_a_value_that_never_fits_costs_nothing(policy: str) -> None:
     assert cache.currsize == before
 
 
+@pytest.mark.parametrize("maxsize", [300, 1000, 2000, 5000, 20_000, 100_000])
+def test_the_limit_holds_however_small(maxsize: int) -> None:
+    """What a store needs for its tables counts, and what there is of them before does not."""
+    sizes = [0, 10, 33, 100, 1000, 4096, 5000, maxsize // 2, maxsize * 9 // 10]
+    chance = random.Random(maxsize)
+    cache: pagemerge.Cache[int] = pagemerge.Cache(maxsize)
+    refused = 0
+    for key in range(1000):
+        size = chance.choice(sizes)
+        kept = len(cache)
+        try:
+            cache[key] = chance.randbytes(size)
+        except ValueError:
+            assert len(cache) == kept
+            assert size > maxsize // 2 - 1024
+            refused += 1
+        else:
+            assert key in cache
+        assert cache.currsize <= maxsize
+    assert refused < 1000 or maxsize < 1100
+
+
 @pytest.mark.parametrize("wrong", ["text", 5, None, [1, 2], {"a": 1}])
 def test_only_bytes(wrong: Any) -> None:
     cache: pagemerge.Cache[str] = pagemerge.Cache(1 << 20)

@@ -33,7 +33,7 @@ from collections.abc import (
 )
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from pagemerge._core import Blob, Store
+from pagemerge._core import PAGE_SIZE, Blob, Store
 from pagemerge._errors import StoreFullError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ T = TypeVar("T")
 #: What an entry is charged besides its share of the store, so that keys without number that have
 #: equal values come to an end, too.
 ENTRY_BYTES = 64
+
+#: By so much the records of a store may grow with one value.
+SLACK_BYTES = 1024
 
 _missing: Any = object()
 
@@ -134,10 +137,13 @@ class Cache(MutableMapping[K, Blob]):
         self._maxsize = maxsize
         self._sizes = getsizeof
         self._domain = domain
-        self._store = Store(domain=domain) if store is None else store
         self._own = store is None
-        # What an empty store of ours holds anyway is not the entries'.
-        self._empty = self._stored() if self._own else 0
+        # What a store of ours holds anyway, before there is any entry.
+        self._empty = 0
+        if store is None:
+            self._begin()
+        else:
+            self._store = store
         self._owner = os.getpid()
         self._ttl, self._timer = ttl, timer
         self._make = self._maker(policy)
@@ -191,8 +197,7 @@ class Cache(MutableMapping[K, Blob]):
         if self._own and self._owner != os.getpid():
             with self.lock:
                 if self._owner != os.getpid():
-                    self._store = Store(domain=self._domain)
-                    self._empty = self._stored()
+                    self._begin()
                     self._owner = os.getpid()
         return self._store
 
@@ -203,6 +208,13 @@ class Cache(MutableMapping[K, Blob]):
         held = value.charged_bytes if isinstance(value, Blob) else _length(value)
         return held + ENTRY_BYTES
 
+    def _begin(self) -> None:
+        """Make a store of our own."""
+        self._store = Store(domain=self._domain)
+        # With the first page and the first packed bytes come records for many more of them.
+        self._store.put(b"\1" * (PAGE_SIZE + 100))
+        self._empty = self._stored()
+
     def _stored(self) -> int:
         stats = self._store.stats()
         return stats.unique_bytes + stats.metadata_bytes
@@ -211,8 +223,8 @@ class Cache(MutableMapping[K, Blob]):
         if self._sizes is not None:
             size: float = self._policy.currsize
             return size
-        if self._own and self._owner != os.getpid():
-            return 0  # All of it is the parent's.
+        if not self._policy or (self._own and self._owner != os.getpid()):
+            return 0  # There is nothing, or all of it is the parent's.
         return max(0, self._stored() - self._empty) + ENTRY_BYTES * len(self._policy)
 
     # -- Writing
@@ -223,10 +235,15 @@ class Cache(MutableMapping[K, Blob]):
             self._insert(key, blob)
 
     def _put(self, value: _Buffer | Blob) -> Blob:
-        # By itself a value takes its length, and up to a twentieth on top.
-        length = _length(value)
-        if self._sizes is None and length + length // 20 + 2 * ENTRY_BYTES > self._maxsize:
-            raise ValueError("value too large")
+        if self._sizes is None:
+            # By itself a value takes its length, and up to a twentieth on top. It comes on top of
+            # the tables, which do not become smaller when everything else goes.
+            length = _length(value)
+            most = length + length // 20 + SLACK_BYTES
+            if 2 * most > self._maxsize:
+                most += max(0, self.store.stats().metadata_bytes - self._empty)
+            if most > self._maxsize:
+                raise ValueError("value too large")
         while True:
             try:
                 return self.store.put(value)
