@@ -7,6 +7,7 @@ Python needs for an entry: a bytes object for the key and its place in a dict, s
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import itertools
 import os
@@ -96,6 +97,16 @@ class Items:
         self.uniques: dict[bytes, int] = {}  # what `gets` has told of a key, until that changes
         self.overhead = 0
         self.room = 0  # is at least so much; found out anew when that is used up
+
+    def flush(self, delay: bytes) -> bytes:
+        """Drop all that there will be in so many seconds; return what is to be said about it."""
+        if not integer(delay):
+            return b"CLIENT_ERROR invalid exptime argument"
+        if int(delay) > 0:
+            asyncio.get_running_loop().call_later(int(delay), self.clear)
+        else:
+            self.clear()
+        return b"OK"
 
     def held(self) -> int:
         """Bytes that all this takes."""

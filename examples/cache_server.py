@@ -2,8 +2,9 @@
 
     python examples/cache_server.py --port 11211 --memory 1024
 
-A value goes from the socket into the store, and from there to sockets by scatter-gather, with no
-copy of it made in Python. What is held, and what goes when it is too much, is in `cache_items.py`.
+A large value is received into a buffer of its own and put into the store from there; values go out
+by scatter-gather from where they lie in the store. What is held, and what goes when it is too much,
+is in `cache_items.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUIET = set(
     b"set add replace append prepend cas delete incr decr touch flush_all verbosity".split()
 )
 #: Clients decide by the number what they may ask for.
-VERSION = b"VERSION 1.6.0-pagemerge-" + pagemerge.__version__.encode()
+VERSION = b"VERSION 1.4.8-pagemerge-" + pagemerge.__version__.encode()
 MALFORMED = b"CLIENT_ERROR bad command line format"
 BAD_VALUE = b"CLIENT_ERROR bad data chunk"
 
@@ -146,15 +147,8 @@ class Connection(asyncio.BufferedProtocol):
                 if not integer(end):
                     return self.say(b"CLIENT_ERROR invalid exptime argument")
                 self.say(b"TOUCHED" if self.items.touch(key, moment(end)) else b"NOT_FOUND")
-            case [b"flush_all"] | [b"flush_all", b"0"]:
-                self.items.clear()
-                self.say(b"OK")
-            case [b"flush_all", delay]:
-                if not integer(delay):
-                    return self.say(b"CLIENT_ERROR invalid exptime argument")
-                # What is there at that time is gone then.
-                asyncio.get_running_loop().call_later(int(delay), self.items.clear)
-                self.say(b"OK")
+            case [b"flush_all", *delay] if len(delay) < 2:
+                self.say(self.items.flush(b"".join(delay) or b"0"))
             case [b"stats"]:
                 self.items.counts["curr_connections"] = len(self.connections)
                 for name, figure in self.items.stats().items():

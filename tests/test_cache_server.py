@@ -454,17 +454,24 @@ def fill(running: Running, first: int, count: int, value: bytes) -> None:
             assert connection.recv(100).startswith(b"VERSION")
 
 
+def held_by_memcached(mib: int, value: bytes) -> tuple[int, int]:
+    """How many keys with the same value it holds, and what they take physically."""
+    with memcached("-m", str(mib)) as theirs:
+        empty = resident(theirs.process.pid)
+        fill(theirs, 0, mib * 1200, value)  # until it is full, and more
+        assert int(theirs.stats()["evictions"]) > 0
+        return int(theirs.stats()["curr_items"]), resident(theirs.process.pid) - empty
+
+
 def test_ten_times_the_duplicates_that_memcached_holds() -> None:
     """Equal values of 1,000 bytes, in the same memory: as the limit counts it, and physically."""
     value, mib = b"v" * 1000, 64
-    with memcached("-m", str(mib)) as theirs:
-        empty = resident(theirs.process.pid)
-        fill(theirs, 0, 80_000, value)  # until it is full, and more
-        held = int(theirs.stats()["curr_items"])
-        taken = resident(theirs.process.pid) - empty
-        assert int(theirs.stats()["evictions"]) > 0
-    assert 50_000 < held < 62_000
-    assert taken > 50 << 20
+    # What memcached 1.6.18 held when this was written; where it is not installed, that has to do.
+    held, taken = 56_640, 64 << 20
+    if shutil.which("memcached"):
+        held, taken = held_by_memcached(mib, value)
+        assert 50_000 < held < 62_000
+        assert 50 << 20 < taken < 80 << 20
     with ours("--memory", str(mib)) as server:
         empty = resident(server.process.pid)
         fill(server, 0, 10 * held, value)
