@@ -20,14 +20,11 @@ from typing import Any
 import pagemerge
 from cache_items import Items, integer, moment
 
-LINE, BATCH = 2048, 1 << 20
-QUIET = set(
-    b"set add replace append prepend cas delete incr decr touch flush_all verbosity".split()
-)
+LINE, BATCH, GETS = 2048, 1 << 20, [b"get", b"gets", b"gat", b"gats"]
+QUIET = b"set add replace append prepend cas delete incr decr touch flush_all verbosity".split()
 #: Clients decide by the number what they may ask for.
-VERSION = b"VERSION 1.4.8-pagemerge-" + pagemerge.__version__.encode()
-MALFORMED = b"CLIENT_ERROR bad command line format"
-BAD_VALUE = b"CLIENT_ERROR bad data chunk"
+VERSION = b"VERSION 1.6.0-pagemerge-" + pagemerge.__version__.encode()
+MALFORMED, BAD_VALUE = b"CLIENT_ERROR bad command line format", b"CLIENT_ERROR bad data chunk"
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -102,7 +99,7 @@ class Connection(asyncio.BufferedProtocol):
             end = data.find(b"\n", at)
             if end < 0:
                 # Only a `get` of many keys is longer.
-                self.ending = len(data) - at > LINE and data[at : at + 3] != b"get"
+                self.ending = len(data) - at > (BATCH if data[at : at + 1] == b"g" else LINE)
                 break
             words, at = data[at:end].split(), end + 1
             self.quiet = words[-1:] == [b"noreply"] and words[0] in QUIET
@@ -123,11 +120,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def command(self, words: list[bytes]) -> int | None:
         """Carry out a command, or return how many bytes it needs first: its value and CRLF."""
-        if any(len(word) > 250 for word in words[1:]) and words[0] in QUIET | {b"get", b"gets"}:
+        if any(len(word) > 250 for word in words[1:]) and words[0] in [*QUIET, *GETS]:
             return self.say(MALFORMED)
         match words:
             case [b"get" | b"gets" as name, _, *_]:
                 self.get(words[1:], name == b"gets")
+            case [b"gat" | b"gats" as name, end, *keys] if integer(end):
+                for key in keys:
+                    self.items.touch(key, moment(end))
+                self.get(keys, name == b"gats")
             case [b"set" | b"add" | b"replace" | b"append" | b"prepend", _, _, _, _] | [
                 b"cas",
                 _,

@@ -345,14 +345,15 @@ def a_command(draw: st.DrawFn) -> bytes:
     name = draw(
         st.sampled_from(
             [b"set"] * 3
-            + [b"add", b"replace", b"append", b"prepend", b"cas", b"get", b"gets", b"delete"]
+            + [b"add", b"replace", b"append", b"prepend", b"cas", b"get", b"gat", b"delete"]
             + [b"incr", b"decr", b"touch", b"verbosity", b"flush_all", b"bogus", b""]
         )
     )
-    if name in (b"get", b"gets"):
+    if name in (b"get", b"gat"):
+        # Not `gets`: the numbers that it tells are not the same.
         keys = draw(st.lists(st.sampled_from(KEYS), min_size=0, max_size=4))
-        # The numbers that `gets` tells are not the same.
-        return b" ".join([b"get", *keys]) + b"\r\n"
+        end = [draw(st.sampled_from([b"0", b"100", b"-1"]))] if name == b"gat" else []
+        return b" ".join([name, *end, *keys]) + b"\r\n"
     if name in (b"delete", b"bogus", b""):
         return name + b" " + key + quiet + b"\r\n"
     if name in (b"incr", b"decr"):
