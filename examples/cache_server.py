@@ -126,9 +126,7 @@ class Connection(asyncio.BufferedProtocol):
             case [b"get" | b"gets" as name, _, *_]:
                 self.get(words[1:], name == b"gets")
             case [b"gat" | b"gats" as name, end, *keys] if integer(end):
-                for key in keys:
-                    self.items.touch(key, moment(end))
-                self.get(keys, name == b"gats")
+                self.get(keys, name == b"gats", end)
             case [b"set" | b"add" | b"replace" | b"append" | b"prepend", _, _, _, _] | [
                 b"cas",
                 _,
@@ -166,7 +164,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.say(b"ERROR")
         return None
 
-    def get(self, keys: list[bytes], tell: bool) -> None:
+    def get(self, keys: list[bytes], tell: bool, end: bytes = b"") -> None:
         for key in keys:
             found = self.items.get(key)
             self.items.counts["get_misses" if found is None else "get_hits"] += 1
@@ -177,6 +175,8 @@ class Connection(asyncio.BufferedProtocol):
             head = b"VALUE %b %d %d%b\r\n" % (key, flags, len(blob), unique)
             self.out += [head, *blob.segments(), b"\r\n"]
             self.size += len(blob) + 200
+            if end:
+                self.items.touch(key, moment(end))
         self.say(b"END")
 
     def announced(self, name: bytes, key: bytes, *numbers: bytes) -> int | None:

@@ -84,8 +84,8 @@ class Cache(MutableMapping[K, Blob]):
     counted there, and puts its own into a store of its own.
 
     Args:
-        maxsize: Bytes that the store may hold, with its metadata and 64 bytes for each entry. Keys,
-            and the records of the policy, come to some 200 bytes an entry in Python's own memory.
+        maxsize: Bytes that the store may hold, with its metadata and 64 bytes for each entry. What
+            Python needs for an entry is more: 200 to 350 bytes by the policy, and the key.
         policy: What is dropped first: ``"lru"`` least recently used, ``"lfu"`` least frequently
             used, ``"fifo"`` oldest, ``"rr"`` any.
         ttl: Seconds after which an entry is gone; only with ``"lru"``. What has run out is dropped
