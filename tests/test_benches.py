@@ -105,3 +105,26 @@ def test_store_measures_and_reports(tmp_path: Path) -> None:
     assert ratios["duplicate_put_of_memcpy"] > 0 < ratios["unique_put_of_dict"]
     assert "of memcpy's speed" in done.stdout
     assert "diskcache" in measured["skipped"] or "1000/0/diskcache" in measured["cases"]
+
+
+def test_cache_server_measures_and_reports(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHES / "cache_server.py"), "--quick", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())
+    # memcached is beside it where it is installed.
+    names = {"pagemerge", "memcached"} - set(measured["skipped"])
+    for row in measured["rows"]:
+        assert set(row["rivals"]) == names
+        for [turn] in row["rivals"].values():
+            assert turn["items"] == turn["values"] > 0
+            assert min(turn[key] for key in ("set", "get", "alone_set", "alone_get")) > 0
+        assert f"{row['size']:,} B {row['kind']}, pagemerge" in done.stdout
+    [limited] = measured["held"]
+    assert limited["pagemerge"]["full"]
+    assert limited["pagemerge"]["held"] > 20_000

@@ -61,7 +61,7 @@ def test_examples_of_the_stub(name: str, text: str) -> None:
     check(name, text)
 
 
-@pytest.mark.parametrize("name", ["merge", "unmerge", "evaluate"])
+@pytest.mark.parametrize("name", ["merge", "unmerge", "evaluate", "Cache"])
 def test_examples_of_functions(name: str) -> None:
     check(name, getattr(pagemerge, name).__doc__)
 
@@ -103,8 +103,12 @@ def test_the_readme_names_commands_that_exist() -> None:
         assert re.search(rf"^{command}:", makefile, re.M), command
 
 
-@pytest.mark.parametrize(
-    "example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name
+#: The server runs until it is told to end, which is in `test_cache_server.py`.
+EXAMPLES = sorted(
+    set((ROOT / "examples").glob("*.py")) - set((ROOT / "examples").glob("cache_*.py"))
 )
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run(example: Path) -> None:
     assert run(example.read_text(encoding="utf-8"))

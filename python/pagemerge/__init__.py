@@ -2,11 +2,13 @@
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
 by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which
-equal values are equal pages, a :class:`Store` keeps bytes, each content once from the start.
+equal values are equal pages, a :class:`Store` keeps bytes, each content once from the start, and a
+:class:`Cache` is limited by what its values take there together.
 :func:`evaluate` says what there is to gain, :func:`capabilities` what this machine allows.
 """
 
 from pagemerge._allocator import Allocator
+from pagemerge._cache import Cache
 from pagemerge._core import (
     PAGE_SIZE,
     AllocatorStats,
@@ -49,6 +51,7 @@ __all__ = [
     "Blob",
     "Block",
     "BusyError",
+    "Cache",
     "Capabilities",
     "ClosedError",
     "Engine",

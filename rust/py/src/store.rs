@@ -31,7 +31,7 @@ pub(crate) struct Store {
 }
 
 /// Bytes that a store keeps. See the type stub for user documentation.
-#[pyclass(module = "pagemerge", frozen)]
+#[pyclass(module = "pagemerge", frozen, weakref)]
 pub(crate) struct Blob {
     part: Part,
     /// What `hash()` says, once that is known; never -1.

@@ -1,0 +1,1 @@
+"""``pagemerge.Cache`` behind other interfaces. Each module needs the package it is named after."""
