@@ -1,9 +1,10 @@
 """Kernel samepage merging, run by the program itself.
 
 :func:`merge` merges equal pages of buffers now. An :class:`Engine` merges in the background or step
-by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which equal
-values are equal pages, a :class:`Store` keeps bytes, each content once from the start.
+by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which
+equal values are equal pages, a :class:`Store` keeps bytes, each content once from the start.
 :func:`evaluate` says what there is to gain, :func:`capabilities` what this machine allows.
+:mod:`pagemerge.kernel` is about the kernel's own KSM.
 """
 
 from pagemerge._allocator import Allocator
