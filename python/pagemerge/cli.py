@@ -7,6 +7,7 @@ standard error, and only to a terminal. Exit codes: 0 done, 1 it failed, 2 wrong
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import pagemerge
-from pagemerge import _demo, _ksmd
+from pagemerge import _demo, _ksmd, kernel
 
 
 def _out() -> Console:
@@ -306,6 +307,94 @@ def capabilities(as_json: bool) -> None:
         out.print(table)
         for name, why in found.reasons.items():
             out.print(f"\n{escape(name)}: {escape(why)}")
+
+
+@main.group("kernel")
+def of_kernel() -> None:
+    """Look at the kernel's own KSM, set it, and start programs with it."""
+
+
+@of_kernel.command()
+@click.option("--pid", type=click.IntRange(1), help="And what it does for this process.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(pid: int | None, as_json: bool) -> None:
+    r"""Show what ksmd is set to, and what it has done.
+
+    \b
+    Example: pagemerge kernel status --pid $(pgrep -o redis-server)
+    """
+    with _errors():
+        figures: dict[str, dict[str, Any]] = {
+            "settings": {"run": int(kernel.run()), **kernel.settings.as_dict()},
+            "counters": dict(kernel.stats()) | {"bytes_saved": kernel.stats().bytes_saved},
+        }
+        if pid is not None:
+            figures["process"] = dict(kernel.process(pid))
+        if as_json:
+            click.echo(json.dumps(figures, indent=2))
+            return
+        out = _out()
+        for title, values in figures.items():
+            table = Table(title, "", box=None, pad_edge=False)
+            for name, value in values.items():
+                table.add_row(name, str(int(value) if isinstance(value, bool) else value))
+            out.print(table)
+            out.print()
+
+
+@of_kernel.command("set")
+@click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
+def set_(values: tuple[str, ...]) -> None:
+    r"""Set ksmd, for the whole machine (root).
+
+    \b
+    Example: pagemerge kernel set advisor_mode=none pages_to_scan=4000 run=1
+    """
+    with _errors():
+        wanted: dict[str, Any] = {}
+        for text in values:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"{text!r} is not NAME=VALUE")
+            wanted[name] = value if name == "advisor_mode" else _number(name, value)
+        mode = wanted.pop("run", None)
+        try:
+            kernel.settings.update(wanted)
+        except AttributeError as error:
+            _fail(error)
+        if mode is not None:
+            kernel.set_run(mode)
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a number, got {text!r}")
+    return int(text)
+
+
+@of_kernel.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: tuple[str, ...]) -> NoReturn:
+    r"""Start a program all of whose memory is given to ksmd, and that of its children.
+
+    It takes the place of this command: its output, signals and exit code are its own. ksmd has to
+    run for anything to merge (pagemerge kernel set run=1).
+
+    \b
+    Example: pagemerge kernel run -- redis-server --port 6380
+    """
+    with _errors():
+        kernel.merge_any()
+        if kernel.run() != pagemerge.RunMode.MERGE:
+            click.echo("pagemerge: ksmd does not run: pagemerge kernel set run=1", err=True)
+        sys.stdout.flush()
+        try:
+            os.execvp(command[0], command)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                error.errno, f"cannot start {command[0]!r}: there is no such program"
+            ) from None
+    raise AssertionError("it has taken our place")
 
 
 if __name__ == "__main__":
