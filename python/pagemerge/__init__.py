@@ -4,7 +4,6 @@
 by step, with its own settings, counters and domains. An :class:`Allocator` gives memory in which
 equal values are equal pages, a :class:`Store` keeps bytes, each content once from the start, and a
 :class:`Cache` is limited by what its values take there together.
-:mod:`pagemerge.kernel` is about the kernel's own KSM.
 :func:`evaluate` says what there is to gain, :func:`capabilities` what this machine allows.
 :mod:`pagemerge.kernel` is about the kernel's own KSM.
 """

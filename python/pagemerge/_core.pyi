@@ -45,7 +45,7 @@ PAGE_SIZE: int
 
 __version__: str
 
-_Buffer: TypeAlias = typing_extensions.Buffer | numpy.ndarray[Any, Any] | Block
+_Buffer: TypeAlias = typing_extensions.Buffer | numpy.ndarray[Any, Any] | Block | Blob
 """Any object with a contiguous buffer: ndarray, bytearray, mmap, memoryview, bytes, array."""
 
 _OnOff: TypeAlias = bool | Literal[0, 1]

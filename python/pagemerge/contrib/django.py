@@ -79,7 +79,7 @@ class PagemergeCache(BaseCache):
 
     def get(self, key: str, default: Any = None, version: int | None = None) -> Any:
         """Return a value, or ``default``."""
-        blob = self._cache.get(self._key(key, version))
+        blob: Any = self._cache.get(self._key(key, version))
         return default if blob is None else pickle.loads(blob)
 
     def set(
@@ -96,7 +96,7 @@ class PagemergeCache(BaseCache):
         """Add to a number, whose timeout stays as it is."""
         key = self._key(key, version)
         with self._cache.lock:
-            blob = self._cache.get(key)
+            blob: Any = self._cache.get(key)
             if blob is None:
                 raise ValueError(f"Key '{key}' not found")
             value: int = pickle.loads(blob) + delta

@@ -233,6 +233,10 @@ impl Block {
     }
 
     #[allow(unsafe_code, reason = "the buffer protocol")]
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the signature that PyO3 asks for"
+    )]
     unsafe fn __getbuffer__(
         slf: Bound<'_, Self>,
         view: *mut ffi::Py_buffer,

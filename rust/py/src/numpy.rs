@@ -100,7 +100,9 @@ fn numpy(py: Python<'_>) -> PyResult<&'static Numpy> {
         }
         let entry = |at: usize| {
             // SAFETY: since numpy 1.22, and this package needs 1.26, the table has these entries.
-            unsafe { table.cast::<*mut c_void>().add(at).read() }
+            let place = unsafe { table.cast::<*mut c_void>().add(at) };
+            // SAFETY: as above; nobody writes them any more.
+            unsafe { place.read() }
         };
         let set_handler = entry(SET_HANDLER);
         // SAFETY: the entry is the address of this function.
