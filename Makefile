@@ -42,10 +42,12 @@ TORTURE_ARGS = --seconds $(SECONDS) $(addprefix --seed ,$(SEED))
 .PHONY: torture
 torture: $(VENV)/.tested-with ## Everything at once, for SECONDS=60; SEED=n chooses as that run did; ONLY= and WITHOUT= actors
 	cargo test --release -p pagemerge-linux --test torture --no-run
-	$(PY) tests/torture_numpy.py $(TORTURE_ARGS) & numpy=$$!; trap "kill $$numpy 2>/dev/null || true" EXIT; \
+	$(PY) tests/torture_numpy.py $(TORTURE_ARGS) & numpy=$$!; \
+	  $(PY) tests/torture_store.py $(TORTURE_ARGS) & store=$$!; \
+	  trap "kill $$numpy $$store 2>/dev/null || true" EXIT; \
 	  cargo test --release -p pagemerge-linux --test torture -- $(TORTURE_ARGS) \
 	    $(addprefix --only ,$(ONLY)) $(addprefix --without ,$(WITHOUT)); \
-	  wait $$numpy
+	  wait $$numpy; wait $$store
 
 .PHONY: lint
 lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub against the built module

@@ -1,4 +1,4 @@
-"""A short run of the torture program's Python half; `make torture` runs it longer."""
+"""Short runs of the torture programs that are Python's; `make torture` runs them longer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 
 
 @pytest.mark.usefixtures("full_barrier")
-def test_nothing_is_lost_under_torture() -> None:
-    seconds = os.environ.get("PAGEMERGE_TORTURE_SECONDS", "20")
-    program = Path(__file__).with_name("torture_numpy.py")
+@pytest.mark.parametrize(("name", "time"), [("torture_numpy.py", "20"), ("torture_store.py", "10")])
+def test_nothing_is_lost_under_torture(name: str, time: str) -> None:
+    seconds = os.environ.get("PAGEMERGE_TORTURE_SECONDS", time)
+    program = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, str(program), "--seconds", seconds],
         capture_output=True,

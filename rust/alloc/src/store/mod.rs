@@ -110,6 +110,19 @@ pub(crate) struct Shared {
 }
 
 /// Keeps bytes, each content once. Handles of one store share it.
+///
+/// ```
+/// use pagemerge_alloc::Store;
+/// use pagemerge_linux::{Engine, EngineSettings};
+///
+/// let store = Store::new(Engine::new(EngineSettings::default())?, "", None)?;
+/// let one = store.put(&[7; 10_000][..])?;
+/// let other = store.put(&vec![7; 10_000][..])?;
+/// assert!(one.is_same(&other) && one.to_vec() == [7; 10_000]);
+/// let stats = store.stats()?;
+/// assert_eq!((stats.entries, stats.logical_bytes), (1, 20_000));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Shared>);
 
