@@ -465,6 +465,21 @@ def test_a_child_reads_what_it_inherited_and_puts_its_own() -> None:
     }
 
 
+def test_a_child_cannot_use_its_parents_store() -> None:
+    cache: pagemerge.Cache[int] = pagemerge.Cache(1 << 20, store=pagemerge.Store())
+    cache[0] = b"there"
+
+    def work() -> None:
+        assert bytes(cache[0]) == b"there"
+        with pytest.raises(pagemerge.ForkedError):
+            cache[1] = b"own"
+        assert "1 entries" in repr(cache)
+        del cache[0]
+
+    in_a_child(work)
+    assert bytes(cache[0]) == b"there"
+
+
 def test_a_fork_in_the_middle_of_a_change_leaves_an_empty_cache() -> None:
     cache: pagemerge.Cache[int] = pagemerge.Cache(1 << 20)
     cache[0] = b"there"

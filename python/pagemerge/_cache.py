@@ -223,7 +223,7 @@ class Cache(MutableMapping[K, Blob]):
         if self._sizes is not None:
             size: float = self._policy.currsize
             return size
-        if not self._policy or (self._own and self._owner != os.getpid()):
+        if not self._policy or self._owner != os.getpid():
             return 0  # There is nothing, or all of it is the parent's.
         return max(0, self._stored() - self._empty) + ENTRY_BYTES * len(self._policy)
 
