@@ -252,8 +252,10 @@ def test_a_client_that_does_not_read_costs_little(server: Running) -> None:
         with server.connect() as lazy:
             lazy.settimeout(0.5)
             with contextlib.suppress(TimeoutError):
-                lazy.sendall(b"get big\r\n" * 4000)  # 4 GiB of answers
-            assert client.get("big") == data
+                lazy.sendall(b"get big\r\n" * 500)  # 500 MiB of answers
+            for _ in range(5):
+                # When others are answered again and again, it has had its turn.
+                assert client.get("big") == data
             assert resident(server.process.pid) - before < 64 << 20
             # Who reads after all gets everything, in order.
             lazy.settimeout(60)

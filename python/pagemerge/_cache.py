@@ -349,7 +349,7 @@ class Cache(MutableMapping[K, Blob]):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self):,} entries, "
+            f"{type(self).__name__}(entries={len(self)}, "
             f"maxsize={self.maxsize!r}, currsize={self.currsize!r})"
         )
 
