@@ -228,7 +228,7 @@ async def serve(options: argparse.Namespace) -> None:
     server.close()
     for each in list(connections):
         each.transport.close()  # when its answers have been read
-    for _ in range(100):
+    for _ in range(500):
         if connections:
             await asyncio.sleep(0.02)
     if options.socket:

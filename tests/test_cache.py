@@ -78,7 +78,7 @@ def test_it_is_a_mapping() -> None:
     assert bytes(cache.popitem()[1]) == b"second"
     cache.update({"e": b"fifth"}, f=b"")
     assert bytes(cache["f"]) == b""
-    assert "3 entries" in repr(cache)
+    assert "entries=3" in repr(cache)
     cache.clear()
     assert len(cache) == 0
     assert cache.currsize == 0
@@ -463,6 +463,21 @@ def test_a_child_reads_what_it_inherited_and_puts_its_own() -> None:
     assert {key: bytes(blob) for key, blob in cache.items()} == {
         key: value(key) for key in range(5)
     }
+
+
+def test_a_child_cannot_use_its_parents_store() -> None:
+    cache: pagemerge.Cache[int] = pagemerge.Cache(1 << 20, store=pagemerge.Store())
+    cache[0] = b"there"
+
+    def work() -> None:
+        assert bytes(cache[0]) == b"there"
+        with pytest.raises(pagemerge.ForkedError):
+            cache[1] = b"own"
+        assert "entries=1" in repr(cache)
+        del cache[0]
+
+    in_a_child(work)
+    assert bytes(cache[0]) == b"there"
 
 
 def test_a_fork_in_the_middle_of_a_change_leaves_an_empty_cache() -> None:

@@ -223,7 +223,7 @@ class Cache(MutableMapping[K, Blob]):
         if self._sizes is not None:
             size: float = self._policy.currsize
             return size
-        if not self._policy or (self._own and self._owner != os.getpid()):
+        if not self._policy or self._owner != os.getpid():
             return 0  # There is nothing, or all of it is the parent's.
         return max(0, self._stored() - self._empty) + ENTRY_BYTES * len(self._policy)
 
@@ -349,7 +349,7 @@ class Cache(MutableMapping[K, Blob]):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self):,} entries, "
+            f"{type(self).__name__}(entries={len(self)}, "
             f"maxsize={self.maxsize!r}, currsize={self.currsize!r})"
         )
 
