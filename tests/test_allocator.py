@@ -557,3 +557,19 @@ def _one_step(
         else:
             array[size % 7 :: 13] = which
             model[size % 7 :: 13] = which
+
+
+def test_blocks_beyond_all_machines_are_refused_before_the_kernel_is_asked() -> None:
+    """Broke: 20 TiB were given as 16 TiB, which only the kernel's refusal kept from being used."""
+    for nbytes in (1 << 42, (1 << 44) + (1 << 43), 1 << 62):
+        with pytest.raises(MemoryError, match="largest block has 4 TiB"):
+            pagemerge.Allocator().allocate(nbytes)
+
+
+def test_copies_share_no_buffer_with_what_they_are_of() -> None:
+    """Broke: buffers that are not numpy's were handed over as they were."""
+    allocator = pagemerge.Allocator()
+    mine = bytearray(100_000)
+    [copied] = allocator.copy([pickle.PickleBuffer(mine)])
+    mine[0] = 1
+    assert bytes(copied) == bytes(100_000)

@@ -820,3 +820,42 @@ assert (after.entries, after.logical_bytes, after.unique_bytes) == (
 assert bytes(store.put(b"y" * 99_000)) == b"y" * 99_000
 """
     )
+
+
+@pytest.mark.usefixtures("full_barrier")
+def test_places_that_were_merged_join_their_neighbours_again(
+    program: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Broke: what came back had other flags than its neighbours, and each page stayed a mapping."""
+    program(
+        """
+        import mmap, os, random
+        import pagemerge
+
+        def mappings():
+            with open("/proc/self/maps") as file:
+                return sum(1 for _ in file)
+
+        engine = pagemerge.Engine()
+        store = pagemerge.Store(engine=engine)
+        arena = mmap.mmap(-1, 2000 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = [os.urandom(4096) for _ in range(2000)]
+        arena[:] = b"".join(pages)
+        engine.register(arena)
+        kept = [store.put(os.urandom(4096)) for _ in range(4000)]
+        engine.settle()
+        before = mappings()
+        blobs = [blob for page in pages for blob in (store.put(page), store.put(os.urandom(4096)))]
+        engine.settle()
+        assert engine.stats().pages_sharing > 1900
+        random.Random(1).shuffle(blobs)
+        del blobs
+        # More than is kept warm, so that all of it is discarded.
+        for _ in range(3):
+            others = [store.put(os.urandom(4096)) for _ in range(9000)]
+            del others
+        arena[:] = bytes(len(arena))
+        engine.settle()
+        assert mappings() < before + 2000 + 500, (before, mappings())
+        """
+    )

@@ -143,7 +143,16 @@ class Allocator:
             3
         """
         buffers: list[pickle.PickleBuffer] = []
-        data = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
+
+        def in_band(buffer: pickle.PickleBuffer) -> bool:
+            # Whatever else hands its memory over would find itself in the copy.
+            with memoryview(buffer) as view:
+                kept = not isinstance(view.obj, np.ndarray)
+            if not kept:
+                buffers.append(buffer)
+            return kept
+
+        data = pickle.dumps(thing, protocol=5, buffer_callback=in_band)
         unpickler = _Unpickler(io.BytesIO(data), buffers=buffers)
         unpickler.allocator = self
         return cast("_T", unpickler.load())

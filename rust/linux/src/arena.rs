@@ -83,7 +83,9 @@ impl Arena {
         let (id, share) = (engine.id(), Arc::clone(&arena.mapping));
         let (told, domain) = (Arc::clone(&arena.told), domain.to_owned());
         let posted = worker::post(move |stage| {
-            let done = stage.on(id, |engine| engine.register_own(share, &domain, huge));
+            let done = stage.on(id, |engine| {
+                engine.register_own(share, &domain, huge.then_some(true))
+            });
             // Set here only, as this job was posted.
             let _ = told.set(done.and_then(|done| done).map_err(|why| why.to_string()));
         });

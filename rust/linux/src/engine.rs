@@ -337,12 +337,12 @@ impl EngineState {
             .sum()
     }
 
-    /// An arena, whose mapping was made a moment ago; `huge`: huge pages are welcome.
+    /// An arena, whose mapping was made a moment ago; `huge` is what the kernel was told about huge pages.
     pub(crate) fn register_own(
         &mut self,
         mapping: Arc<Mapping>,
         domain: &str,
-        huge: bool,
+        huge: Option<bool>,
     ) -> Result<RegionHandle, Error> {
         let live = Live::own(&mapping);
         let handle = RegionHandle::of(live.span())?;
@@ -381,7 +381,7 @@ impl EngineState {
         live: Live,
         buffer: Span,
         domain: &str,
-        own: Option<(Arc<Mapping>, bool)>,
+        own: Option<(Arc<Mapping>, Option<bool>)>,
     ) -> Result<(), Error> {
         let _phase = enter(Phase::Register);
         // Its directories grow with its size, if slowly.
@@ -402,7 +402,7 @@ impl EngineState {
             // What we have just mapped can be merged: the list of mappings need not be read for that.
             let found = match &own {
                 Some((_, huge)) => Eligible {
-                    huge: huge.then_some(true),
+                    huge: *huge,
                     ..Eligible::default()
                 },
                 None => self.space.check_mergeable(live.span())?,
@@ -624,7 +624,8 @@ impl EngineState {
                 continue;
             };
             let (memory, domain, huge) = (Arc::clone(&lot.memory), lot.domain.clone(), lot.huge);
-            let state = match self.register_own(memory, &domain, huge) {
+            // As it was advised: pages that come back into other memory would stay mappings of their own.
+            let state = match self.register_own(memory, &domain, Some(huge)) {
                 Ok(handle) => LotState::Registered(handle),
                 // Locked memory is refused, for one. It is kept without sharing.
                 Err(Error::NotMergeable { .. }) => LotState::Refused,

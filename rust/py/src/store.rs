@@ -240,11 +240,14 @@ impl Blob {
         let first = blob.pieces(at, len).next();
         if let Some(piece) = first.filter(|piece| piece.len() == len) {
             let length = ffi::Py_ssize_t::try_from(len).expect("a length fits");
+            #[allow(
+                unsafe_code,
+                reason = "Python copies them, into an object not filled before"
+            )]
             // SAFETY: as many bytes are there, and stay what they are while the blob is borrowed.
-            #[allow(unsafe_code, reason = "Python copies them, into an object not filled before")]
             let made = unsafe { ffi::PyBytes_FromStringAndSize(piece.as_ptr().cast(), length) };
-            // SAFETY: a new reference, or none and an error.
             #[allow(unsafe_code, reason = "what Python's function returns")]
+            // SAFETY: a new reference, or none and an error.
             let made = unsafe { Bound::from_owned_ptr_or_err(py, made) }?;
             return Ok(made.cast_into()?);
         }

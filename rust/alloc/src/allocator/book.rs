@@ -191,7 +191,12 @@ impl<A: Clone> Book<A> {
 
     /// How many pages hold `bytes` bytes; `None` when no arena has so many.
     pub(crate) fn pages_for(&self, bytes: usize) -> Option<u32> {
-        let pages = u32::try_from(bytes.max(1).div_ceil(self.page)).ok()?;
+        Self::pages_in(self.page, bytes)
+    }
+
+    /// The same, for pages of `page` bytes.
+    pub(crate) fn pages_in(page: usize, bytes: usize) -> Option<u32> {
+        let pages = u32::try_from(bytes.max(1).div_ceil(page)).ok()?;
         (pages <= MOST_PAGES).then_some(pages)
     }
 

@@ -201,9 +201,10 @@ impl Heap {
     /// Makes an arena; and if the block has all of it, the block.
     fn grow(&self, bytes: usize) -> Result<Option<usize>, AllocatorError> {
         let fails = |source| AllocatorError::Memory { bytes, source };
-        let pages = bytes.max(1).div_ceil(self.page);
-        // More than that no machine has.
-        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        let Some(pages) = Book::<Arc<Arena>>::pages_in(self.page, bytes) else {
+            let most = "the largest block has 4 TiB where pages have 4 KiB";
+            return Err(fails(pagemerge_linux::Error::Limit(most.to_owned())));
+        };
         let make = |pages, huge| Arena::new(&self.engine, pages, &self.options.domain, huge);
         if pages > self.options.largest_pages() {
             // As numpy has it for large arrays. Nobody else's pages lie in the same huge page.
