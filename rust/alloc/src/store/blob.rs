@@ -9,7 +9,8 @@
 
 use super::Shared;
 use super::pages::Stretch;
-use pagemerge_linux::{Segment, Source, page_size};
+use super::room;
+use pagemerge_linux::{Segment, Source, accounting, page_size};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -153,12 +154,20 @@ impl Large {
     }
 }
 
+/// For shorter copies nobody looks first at what memory is left.
+const LOOKED_AT: usize = 1 << 20;
+
 /// Bytes that were copied side by side because somebody wanted them in one piece.
 #[derive(Debug)]
 pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
     fn copied<'a>(len: usize, pieces: impl Iterator<Item = Source<'a>>) -> io::Result<Self> {
+        // At a memory limit the kernel would end the program instead of saying no.
+        let left = || accounting::headroom().unwrap_or(u64::MAX);
+        if len >= LOOKED_AT && left() < len as u64 + room::RESERVE {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(len)?;
         bytes.resize(len, 0);

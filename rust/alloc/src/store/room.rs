@@ -13,7 +13,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 /// So much is left to the program.
-const RESERVE: u64 = 4 << 20;
+pub(super) const RESERVE: u64 = 4 << 20;
 /// One look allows no more than this.
 const MOST: u64 = 64 << 20;
 const SHARE: u64 = 16;
