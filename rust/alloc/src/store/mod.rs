@@ -48,7 +48,8 @@ use heap::{GRANULE, Heap};
 use pagemerge_linux::{Digester, Engine, Hashing, Source, page_size};
 use pages::Pages;
 use std::mem;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use values::{FLOOR, Values, Where};
@@ -223,6 +224,34 @@ impl Store {
     }
 }
 
+/// `inner`, locked. What others drop meanwhile is released when it is let go.
+struct Held<'a> {
+    shared: &'a Shared,
+    /// Taken only by drop.
+    inner: Option<MutexGuard<'a, Inner>>,
+}
+
+impl Deref for Held<'_> {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        self.inner.as_ref().expect("only drop takes it")
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        self.inner.as_mut().expect("only drop takes it")
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.inner = None;
+        self.shared.release_dropped();
+    }
+}
+
 impl Shared {
     fn here(&self) -> Result<(), Error> {
         if self.engine.is_here() {
@@ -232,15 +261,32 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> Held<'_> {
         // What panics while it holds the lock is a bug here; the records are changed in steps that leave
         // nothing dangling.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let dropped = mem::take(&mut *self.dropped());
-        for (place, number) in dropped {
-            inner.release(&place, number);
+        inner.release_all(mem::take(&mut *self.dropped()));
+        Held {
+            shared: self,
+            inner: Some(inner),
         }
-        inner
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Inner>> {
+        match self.inner.try_lock() {
+            Ok(inner) => Some(inner),
+            Err(TryLockError::Poisoned(inner)) => Some(inner.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Releases what was dropped while somebody had `inner`. Who has it now does so in the end.
+    fn release_dropped(&self) {
+        while !self.dropped().is_empty()
+            && let Some(mut inner) = self.try_lock()
+        {
+            inner.release_all(mem::take(&mut *self.dropped()));
+        }
     }
 
     fn dropped(&self) -> MutexGuard<'_, Vec<(Place, u32)>> {
@@ -276,11 +322,12 @@ impl Shared {
             mem::forget(place);
             return;
         }
-        match self.inner.try_lock() {
-            Ok(mut inner) => inner.release(&place, number),
-            Err(TryLockError::Poisoned(inner)) => inner.into_inner().release(&place, number),
-            Err(TryLockError::WouldBlock) => self.dropped().push((place, number)),
+        if let Some(mut inner) = self.try_lock() {
+            return inner.release(&place, number);
         }
+        self.dropped().push((place, number));
+        // Unless it was let go in this moment.
+        self.release_dropped();
     }
 
     fn charged(&self, blob: &Blob) -> Result<u64, Error> {
@@ -516,18 +563,22 @@ impl Inner {
             Ok((runs, changed)) if tail > 0 => {
                 match self.heap.keep(source.part(len - tail, tail)) {
                     Ok(at) => Ok((runs, changed, Some(at))),
-                    Err(error) => {
-                        self.drop_runs(&runs);
-                        Err(error)
-                    }
+                    Err(error) => Err((runs, error)),
                 }
             }
             Ok((runs, changed)) => Ok((runs, changed, None)),
-            Err(error) => Err(error),
+            Err(failed) => Err(failed),
         };
         let left = u32::try_from(places.len()).expect("no more than there were");
         self.pages.give_up(places.start, left);
-        let (runs, changed, packed) = packed?;
+        let (runs, changed, packed) = match packed {
+            Ok(taken) => taken,
+            Err((runs, error)) => {
+                // Last, since their lot may go with them.
+                self.drop_runs(&runs);
+                return Err(error);
+            }
+        };
         let hash = if changed || tail > 0 && !source.is_steady() {
             self.hash_kept(&runs, packed, len, hashing)
         } else {
@@ -574,7 +625,8 @@ impl Inner {
     }
 
     /// Shares or copies each page; copies go to `places`, and to others when those are used up. Also says
-    /// whether anything that was copied has another digest than what was hashed.
+    /// whether anything that was copied has another digest than what was hashed. With an error come the
+    /// pages that were taken until then.
     fn take_pages(
         &mut self,
         source: Source<'_>,
@@ -582,7 +634,7 @@ impl Inner {
         places: &mut Range<u32>,
         hashing: &Hashing,
         shared: &Shared,
-    ) -> Result<(Runs, bool), Error> {
+    ) -> Result<(Runs, bool), (Runs, Error)> {
         let page = page_size();
         let mut runs: Vec<Run> = Vec::new();
         let mut changed = false;
@@ -617,10 +669,7 @@ impl Inner {
                 };
                 let place = match place {
                     Ok(place) => place,
-                    Err(error) => {
-                        self.drop_runs(&Runs::Many(runs.into_boxed_slice()));
-                        return Err(error);
-                    }
+                    Err(error) => return Err((Runs::Many(runs.into_boxed_slice()), error)),
                 };
                 let now = self
                     .pages
@@ -688,6 +737,12 @@ impl Inner {
             for at in run.first..run.first + run.pages {
                 self.pages.release(stretch.first_number() + at);
             }
+        }
+    }
+
+    fn release_all(&mut self, dropped: Vec<(Place, u32)>) {
+        for (place, number) in dropped {
+            self.release(&place, number);
         }
     }
 
