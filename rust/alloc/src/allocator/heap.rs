@@ -25,7 +25,7 @@ use std::sync::Arc;
 /// the kernel take it away and give it again 3 us. malloc keeps about as much.
 const DIRTY_BYTES: usize = 32 << 20;
 /// Memory that has been freed and is not given back yet, before somebody waits for that.
-const AWAY_BYTES: usize = 64 << 20;
+const AWAY_BYTES: usize = 32 << 20;
 /// Arenas that are free as a whole and kept.
 const SPARE: usize = 1;
 
