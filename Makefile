@@ -131,7 +131,7 @@ fuzz-keep: fuzz-tools ## Make the committed inputs the fewest that reach what al
 	    $(abspath $(OUT))/fuzz/fewest $(abspath $(OUT))/fuzz/corpus/$$target $(abspath fuzz)/corpus/$$target -- \
 	    -merge=1 -max_len=1024 -set_cover_merge=1 -use_value_profile=0; \
 	  rm -rf fuzz/corpus/$$target && mkdir fuzz/corpus/$$target; \
-	  ls -S -r $(OUT)/fuzz/fewest | head -200 | sed 's|^|$(OUT)/fuzz/fewest/|' | xargs cp -t fuzz/corpus/$$target; \
+	  ls -S -r $(OUT)/fuzz/fewest | sed -n '1,200s|^|$(OUT)/fuzz/fewest/|p' | xargs cp -t fuzz/corpus/$$target; \
 	done
 
 .PHONY: replay

@@ -67,5 +67,5 @@ fn texts_of_proc_are_read_without_panics() {
 /// Each input has an engine of its own, on live memory: fewer of those from seeds.
 #[test]
 fn allocator_agrees_with_its_model() {
-    replay_with("alloc_ops", MORE / 6, pagemerge_fuzz::alloc_ops::run);
+    replay_with("alloc_ops", MORE / 12, pagemerge_fuzz::alloc_ops::run);
 }

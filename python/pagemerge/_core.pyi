@@ -758,10 +758,6 @@ class Block:
         """Its size in bytes, also when it has been released."""
 
     @property
-    def allocator(self) -> _Allocator:
-        """The allocator that has it."""
-
-    @property
     def released(self) -> bool:
         """Whether :meth:`release` has been called."""
 

@@ -168,8 +168,8 @@ fn freed_memory_goes_back_without_being_asked() {
     }
     let stats = allocator.stats().expect("it is not broken");
     assert!(stats.arenas <= 2, "{stats:?}");
-    // Ten MiB at a time, and as much on its way back; 400 in all.
-    assert!(peak < 80 << 10, "{peak} KiB");
+    // Ten MiB live, 32 kept, and at most twice that on its way back; 400 in all.
+    assert!(peak < 130 << 10, "{peak} KiB");
 }
 
 /// Goal: when the engine is closed, blocks are ordinary memory, and allocating goes on.
@@ -499,7 +499,8 @@ fn long_random_trace_does_not_fragment() {
     );
     println!("figure: held / live {held:.3}, address space / live {reserved:.3}");
     assert_eq!(stats.live_bytes, live);
-    assert!(held < 1.2, "held {held}");
+    // Of 200 MiB; 32 are kept for the next owner at most.
+    assert!(held < 1.25, "held {held}");
     assert!(reserved < 2.5, "address space {reserved}");
 }
 

@@ -92,7 +92,7 @@ impl Allocator {
                 lent: false,
                 released: false,
             }),
-            allocator: slf.clone().unbind(),
+            _allocator: slf.clone().unbind(),
         })
     }
 
@@ -135,7 +135,8 @@ struct State {
 pub(crate) struct Block {
     nbytes: usize,
     state: ForkLock<State>,
-    allocator: Py<Allocator>,
+    /// Keeps the engine from being dropped by Python, and so released, while there are blocks.
+    _allocator: Py<Allocator>,
 }
 
 fn broken() -> PyErr {
@@ -184,11 +185,6 @@ impl Block {
     #[getter]
     fn nbytes(&self) -> usize {
         self.nbytes
-    }
-
-    #[getter]
-    fn allocator(&self, py: Python<'_>) -> Py<Allocator> {
-        self.allocator.clone_ref(py)
     }
 
     #[getter]

@@ -24,7 +24,8 @@ use std::sync::Arc;
 /// Dirty memory that is kept for the next owner of its size: overwriting it takes 0.1 us a page, and having
 /// the kernel take it away and give it again 3 us. malloc keeps about as much.
 const DIRTY_BYTES: usize = 32 << 20;
-/// Memory that has been freed and is not given back yet, before somebody waits for that.
+/// Memory that has been freed and is not given back yet, before somebody waits for that. (It goes in
+/// batches of [`DIRTY_BYTES`], so it may be so much more.)
 const AWAY_BYTES: usize = 32 << 20;
 /// Arenas that are free as a whole and kept.
 const SPARE: usize = 1;

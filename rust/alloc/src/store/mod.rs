@@ -48,7 +48,6 @@ use heap::{GRANULE, Heap};
 use pagemerge_linux::{Digester, Engine, Hashing, Source, page_size};
 use pages::Pages;
 use std::mem;
-use std::ops::{Deref, DerefMut};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
