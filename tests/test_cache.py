@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import signal
 import threading
 import time
 import warnings
@@ -156,6 +157,26 @@ def test_the_limit_holds_however_small(maxsize: int) -> None:
             assert key in cache
         assert cache.currsize <= maxsize
     assert refused < 1000 or maxsize < 1100
+
+
+def test_a_small_cache_holds_what_fits() -> None:
+    cache: pagemerge.Cache[int] = pagemerge.Cache(20_000)
+    for key in range(4):
+        cache[key] = value(key, 4096)
+    assert len(cache) == 4
+
+
+def test_tables_of_what_is_gone_leave_less_room() -> None:
+    cache: pagemerge.Cache[int] = pagemerge.Cache(100_000)
+    for key in range(1000):
+        cache[key] = value(key, 40)
+    kept = len(cache)
+    # By itself it would fit, but not on top of the records of all those small ones.
+    with pytest.raises(ValueError, match="value too large"):
+        cache[-1] = value(1, 90_000)
+    assert len(cache) == kept
+    cache[-1] = value(1, 50_000)
+    assert cache.currsize <= cache.maxsize
 
 
 @pytest.mark.parametrize("wrong", ["text", 5, None, [1, 2], {"a": 1}])
@@ -433,6 +454,7 @@ def in_a_child(work: Callable[[], None]) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if not child:
+        signal.alarm(60)  # for what would wait for ever
         try:
             work()
             os.write(write, b"done")

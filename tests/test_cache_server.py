@@ -391,6 +391,59 @@ def test_ending(tmp_path: Path) -> None:
 
 # -- Beside memcached
 
+BAD, ERROR = b"CLIENT_ERROR bad command line format\r\n", b"ERROR\r\n"
+DELTA = b"CLIENT_ERROR invalid numeric delta argument\r\n"
+NUMBER = b"CLIENT_ERROR cannot increment or decrement non-numeric value\r\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        (b"get " + b"k" * 251, BAD),
+        (b"get a " + b"k" * 251, BAD),
+        (b"delete " + b"k" * 251, BAD),
+        (b"set " + b"k" * 251 + b" 0 0 1\r\nx", BAD + ERROR),
+        (b"set a 0 0 -1\r\nx", BAD + ERROR),
+        (b"set a 0 0 1 1 1\r\nx", ERROR + ERROR),
+        (b"set a -1 0 1\r\nx", BAD + ERROR),
+        (b"set a f 0 1\r\nx", BAD + ERROR),
+        (b"set a 0 e 1\r\nx", BAD + ERROR),
+        (b"set a 0 0 2\r\nxyz", b"CLIENT_ERROR bad data chunk\r\n" + ERROR),
+        (b"set a 0 0 3\r\nx\r\n", b"STORED\r\n"),
+        (b"cas a 0 0 1\r\nx", ERROR + ERROR),
+        (b"cas a 0 0 1 z\r\nx", BAD + ERROR),
+        (b"cas missing 0 0 1 7\r\nx", b"NOT_FOUND\r\n"),
+        (b"verbosity", ERROR),
+        (b"verbosity 1", b"OK\r\n"),
+        (b"verbosity noreply", b""),
+        (b"get", ERROR),
+        (b"", ERROR),
+        (b"incr a", ERROR),
+        (b"incr missing 1", b"NOT_FOUND\r\n"),
+        (b"set b 0 0 1\r\n5\r\nincr b -1\r\nincr b x", b"STORED\r\n" + DELTA + DELTA),
+        (b"set b 0 0 1\r\n5\r\nincr b 18446744073709551615", b"STORED\r\n4\r\n"),
+        (b"set b 0 0 1\r\n5\r\nincr b 18446744073709551616", b"STORED\r\n" + DELTA),
+        (b"set b 0 0 2\r\n10\r\ndecr b 1\r\nget b", b"STORED\r\n9\r\nVALUE b 0 2\r\n9 \r\nEND\r\n"),
+        (b"set b 0 0 1\r\nx\r\nincr b 1", b"STORED\r\n" + NUMBER),
+        (b"set b 0 0 1\r\nx\r\ndelete b 0", b"STORED\r\nDELETED\r\n"),
+        (b"delete b 1", BAD[:-2] + b".  Usage: delete <key> [noreply]\r\n"),
+        (b"delete b 0 noreply", b""),
+        (b"delete", ERROR),
+        (b"touch a", ERROR),
+        (b"touch a x", b"CLIENT_ERROR invalid exptime argument\r\n"),
+        (b"touch missing 1", b"NOT_FOUND\r\n"),
+        (b"flush_all x", b"CLIENT_ERROR invalid exptime argument\r\n"),
+        (b"flush_all -1", b"OK\r\n"),
+        (b"flush_all noreply", b""),
+        (b"bogus noreply", ERROR),
+        (b"gat 0", b"END\r\n"),
+    ],
+)
+def test_answers_that_memcached_gave(server: Running, command: bytes, answer: bytes) -> None:
+    """Version 1.6.18, when this was written, so that it holds where there is none."""
+    assert server.say(command + b"\r\n") == answer
+
+
 KEYS = [b"a", b"bb", b"k" * 250, b"k" * 251]
 NUMBERS = [b"0", b"1", b"-1", b"99", b"18446744073709551615", b"18446744073709551616", b"x"]
 VALUES = [b"", b"5", b"99", b"100", b"18446744073709551615", b"text", b"7 ", b"x" * 5000]
