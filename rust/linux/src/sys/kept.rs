@@ -40,7 +40,7 @@ impl<'a> From<&'a [u8]> for Source<'a> {
     }
 }
 
-impl<'a> Source<'a> {
+impl Source<'_> {
     /// Bytes that others may write.
     ///
     /// # Safety
