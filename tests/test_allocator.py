@@ -573,3 +573,40 @@ def test_copies_share_no_buffer_with_what_they_are_of() -> None:
     [copied] = allocator.copy([pickle.PickleBuffer(mine)])
     mine[0] = 1
     assert bytes(copied) == bytes(100_000)
+
+
+def test_nothing_of_an_allocator_merges_without_a_barrier(
+    program: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Broke: arrays that threads wrote during settle() read back what had been there before."""
+    program(
+        """
+        import threading
+        import numpy as np, pagemerge
+
+        engine = pagemerge.Engine(barrier="none")
+        allocator = pagemerge.Allocator(engine)
+        same = [allocator.full(50_000, 4.5) for _ in range(3)]
+        ended, wrong = threading.Event(), []
+
+        def compute(seed):
+            value = float(seed)
+            while not ended.is_set():
+                array = allocator.zeros(20_000)
+                array += value
+                if not (array == value).all():
+                    wrong.append(array)
+
+        threads = [threading.Thread(target=compute, args=(seed,)) for seed in (0, 2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(40):
+            assert engine.settle().pages_sharing == 0
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert "without a barrier" in allocator.stats().not_merging
+        assert all((array == 4.5).all() for array in same)
+        """
+    )

@@ -39,7 +39,9 @@ class Allocator:
     a child, they are ordinary memory.
 
     Nothing merges by itself: call ``allocator.engine.settle()``, or ``allocator.engine.start()`` to
-    have it done in the background. Any number of threads may use an allocator.
+    have it done in the background. Any number of threads may use an allocator. Without a barrier
+    (:func:`capabilities`) nothing of it is merged, since nobody can promise that nothing computes
+    meanwhile: ``stats().not_merging`` says so.
 
     Args:
         engine: The engine that merges what is allocated; None makes one with default settings.

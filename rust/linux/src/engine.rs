@@ -342,6 +342,12 @@ impl EngineState {
         domain: &str,
         huge: Option<bool>,
     ) -> Result<RegionHandle, Error> {
+        // The caller of `scan` promises that nobody writes then, and can only know of what he has himself.
+        if self.space.barrier() == Barrier::None {
+            return Err(Error::ArenaNeedsBarrier {
+                why: LinuxSpace::why_no_barrier(),
+            });
+        }
         let live = Live::own(&mapping);
         let handle = RegionHandle::of(live.span())?;
         self.register(handle, live, live.span(), domain, Some((mapping, huge)))?;

@@ -115,6 +115,15 @@ pub enum Error {
         /// Why there is none.
         why: String,
     },
+    /// Memory that any thread may write at any time is not merged without a barrier.
+    #[error(
+        "an allocator's memory is not merged without a barrier: whatever computes writes to it, and \
+         nothing would keep a page still while it is merged ({why})"
+    )]
+    ArenaNeedsBarrier {
+        /// Why there is none.
+        why: String,
+    },
     /// Pages could not be given their own copies back. They stay merged and the region stays
     /// registered.
     #[error(

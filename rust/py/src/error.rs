@@ -75,7 +75,9 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
         }
         Error::Closed => ours(py, "ClosedError", (message,)),
         Error::Forked => ours(py, "ForkedError", (message,)),
-        Error::NoBarrier { .. } | Error::NeedsBarrier { .. } => {
+        Error::NoBarrier { .. }
+        | Error::NeedsBarrier { .. }
+        | Error::ArenaNeedsBarrier { .. } => {
             ours(py, "UnavailableError", (EOPNOTSUPP, message))
         }
         Error::Limit(_) => ours(py, "UnavailableError", (EFBIG, message)),
