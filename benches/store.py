@@ -22,6 +22,7 @@ to filling a dict, both taken in turns in one process, and what a memoryview of 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -44,24 +45,34 @@ DIFFERENT = 100
 Result = dict[str, Any]
 
 
-def values(size: int, share: int, count: int) -> Iterator[memoryview]:
+class Values:
     """The values, each in the same buffer, as they would come from a socket."""
-    rng = random.Random(size * 1000 + share)
-    common = [rng.randbytes(size) for _ in range(min(DIFFERENT, count))]
-    buffer = bytearray(size)
-    view = memoryview(buffer).toreadonly()
-    # Unique values differ in a few bytes of each page, as random ones would: making new ones takes
-    # longer than keeping them.
-    base = bytearray(rng.randbytes(size))
-    for n in range(count):
-        if n % 100 < share:
-            buffer[:] = common[rng.randrange(len(common))]
-        else:
-            for at in range(0, size, 1024):
-                end = min(at + 8, size)
-                base[at:end] = rng.randbytes(end - at)
-            buffer[:] = base
-        yield view
+
+    def __init__(self, size: int, share: int, count: int) -> None:
+        self.size, self.share, self.count = size, share, count
+        rng = random.Random(size * 1000 + share)
+        self.common = [rng.randbytes(size) for _ in range(min(DIFFERENT, count))]
+        self.base = bytearray(rng.randbytes(size))
+        self.buffer = bytearray(size)
+        # What making them took must not be there for whoever comes next to take without asking the
+        # kernel.
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        rng = random.Random(7)
+        view = memoryview(self.buffer).toreadonly()
+        base = bytearray(self.base)
+        for n in range(self.count):
+            if n % 100 < self.share:
+                self.buffer[:] = self.common[rng.randrange(len(self.common))]
+            else:
+                # A few bytes of each page differ: making all of them anew takes longer than keeping
+                # them.
+                for at in range(0, self.size, 1024):
+                    end = min(at + 8, self.size)
+                    base[at:end] = rng.randbytes(end - at)
+                self.buffer[:] = base
+            yield view
 
 
 class Dict:
@@ -144,13 +155,14 @@ RIVALS: dict[str, Callable[[], Any]] = {
 
 def measure(rival: str, size: int, share: int, count: int) -> Result:
     """One case, in this process: times and memory."""
+    made = Values(size, share, count)
     holder = RIVALS[rival]()
     gc.collect()
     gc.disable()
     before = pagemerge.memory_usage()["pss"]
     spent = 0
     clock = time.perf_counter_ns
-    for n, view in enumerate(values(size, share, count)):
+    for n, view in enumerate(made):
         start = clock()
         holder.put(n, view)
         spent += clock() - start
@@ -161,9 +173,7 @@ def measure(rival: str, size: int, share: int, count: int) -> Result:
     for key in order:
         holder.get(key)
     got = clock() - start
-    wrong = sum(
-        holder.get(n) != view for n, view in enumerate(values(size, share, count)) if n % 7 == 0
-    )
+    wrong = sum(holder.get(n) != view for n, view in enumerate(made) if n % 7 == 0)
     result: Result = {
         "put_ns": spent / count,
         "get_ns": got / count,

@@ -108,8 +108,6 @@ struct Lot {
     /// Held until its region has ended, which is what the region's promise rests on.
     memory: Arc<Mapping>,
     domain: String,
-    /// Huge pages are welcome there.
-    huge: bool,
     state: LotState,
 }
 
@@ -581,21 +579,14 @@ impl EngineState {
     }
 
     /// Takes note of memory that is lent.
-    ///
-    /// Says whether it is made of huge pages, as far as the kernel has them: not if it is likely to be
-    /// merged.
-    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String, huge: bool) -> bool {
-        let huge = huge && (self.is_for_lots_only() || !self.lots_may_merge());
-        Extent::advise(&memory, huge);
+    fn add_lot(&mut self, number: u64, memory: Arc<Mapping>, domain: String) {
         let lot = Lot {
             memory,
             domain,
-            huge,
             state: LotState::Waiting,
         };
         self.lots.insert(number, lot);
         self.lots_wait = true;
-        huge
     }
 
     /// Whether nothing is registered but what is lent.
@@ -623,9 +614,9 @@ impl EngineState {
             let Some(lot) = self.lots.get(&number) else {
                 continue;
             };
-            let (memory, domain, huge) = (Arc::clone(&lot.memory), lot.domain.clone(), lot.huge);
+            let (memory, domain) = (Arc::clone(&lot.memory), lot.domain.clone());
             // As it was advised: pages that come back into other memory would stay mappings of their own.
-            let state = match self.register_own(memory, &domain, Some(huge)) {
+            let state = match self.register_own(memory, &domain, Some(false)) {
                 Ok(handle) => LotState::Registered(handle),
                 // Locked memory is refused, for one. It is kept without sharing.
                 Err(Error::NotMergeable { .. }) => LotState::Refused,
@@ -1053,17 +1044,20 @@ impl Engine {
     }
 
     /// Lends memory that this engine knows of: as soon as it has other memory to merge, these pages may
-    /// share frames with it, within `domain`. With `huge`, the kernel may make huge pages of it.
+    /// share frames with it, within `domain`.
     ///
     /// # Errors
     /// A closed or forked engine, no memory or no mapping left.
-    pub fn lend_extent(&self, pages: u32, domain: &str, huge: bool) -> Result<Extent, Error> {
+    pub fn lend_extent(&self, pages: u32, domain: &str) -> Result<Extent, Error> {
         let memory = Extent::map(pages)
             .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
         let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (known, domain) = (Arc::clone(&memory), domain.to_owned());
-        let huge = self.on(move |engine| Ok(engine.add_lot(number, known, domain, huge)))?;
-        Ok(Extent::new(self.0.id, number, memory, pages, huge))
+        self.on(move |engine| {
+            engine.add_lot(number, known, domain);
+            Ok(())
+        })?;
+        Ok(Extent::new(self.0.id, number, memory, pages))
     }
 
     /// The hash by which this engine orders pages, for bytes of the caller's.

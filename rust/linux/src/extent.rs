@@ -21,9 +21,9 @@
 //!
 //! # Cost
 //! Lending is a mapping and a job of the merging thread. Pages are made by [`Extent::prepare`] in
-//! stretches, since faults one by one take longer. In huge pages, where the kernel has them, a page costs
-//! 0.5 us; these are for large borrowers, and not for engines that have other memory: they would have to
-//! be split before a page of them can be shared.
+//! stretches, since faults one by one take longer. (In huge pages a page cost 0.5 us, as long as the kernel
+//! had just used them for something else; else this virtual machine had to ask its host for their memory,
+//! and they took 8 us a page. And they would have to be split before a page of them could be shared.)
 
 use crate::fork;
 use crate::hash::{HashKey, PageHasher};
@@ -44,20 +44,12 @@ pub struct Extent {
     /// Taken only by drop.
     memory: Option<Arc<Mapping>>,
     pages: u32,
-    huge: bool,
     epoch: (u64, u32),
 }
 
 impl Extent {
-    pub(crate) fn new(
-        engine: u64,
-        number: u64,
-        memory: Arc<Mapping>,
-        pages: u32,
-        huge: bool,
-    ) -> Self {
+    pub(crate) fn new(engine: u64, number: u64, memory: Arc<Mapping>, pages: u32) -> Self {
         Self {
-            huge,
             engine,
             number,
             memory: Some(memory),
@@ -69,28 +61,15 @@ impl Extent {
     /// Memory for an extent.
     pub(crate) fn map(pages: u32) -> io::Result<Arc<Mapping>> {
         let bytes = pages as usize * crate::page_size();
-        Ok(Arc::new(Mapping::anonymous(bytes, Protection::ReadWrite)?))
-    }
-
-    /// Welcomes huge pages in fresh memory, or refuses them.
-    pub(crate) fn advise(memory: &Mapping, huge: bool) {
-        // Where the kernel refuses a hint nothing is lost but memory, or time.
-        let _ = memory.advise(if huge {
-            Advice::HugePage
-        } else {
-            Advice::NoHugePage
-        });
+        let memory = Mapping::anonymous(bytes, Protection::ReadWrite)?;
+        // Pages come and go, and are shared, one by one. Where the kernel refuses a hint nothing is lost
+        // but memory.
+        let _ = memory.advise(Advice::NoHugePage);
+        Ok(Arc::new(memory))
     }
 
     fn memory(&self) -> &Mapping {
         self.memory.as_ref().expect("only drop takes it")
-    }
-
-    /// Whether the kernel may make huge pages of it: a page that is made there may bring its neighbours,
-    /// as many as a huge page has.
-    #[must_use]
-    pub fn is_huge(&self) -> bool {
-        self.huge
     }
 
     /// How many pages it has.
@@ -306,13 +285,14 @@ impl Drop for Digester {
 pub struct Hashing(PageHasher);
 
 impl Hashing {
-    /// The digest of a page: the engine's.
+    /// The digest of a page: the engine's. `next` is what will be asked for next, if that is known: it is
+    /// fetched meanwhile.
     ///
     /// # Panics
     /// Unless it is as long as a page.
     #[must_use]
-    pub fn page(&self, page: Source<'_>) -> Digest {
-        page.digest(&self.0)
+    pub fn page(&self, page: Source<'_>, next: Option<Source<'_>>) -> Digest {
+        page.digest(&self.0, next)
     }
 
     /// The hash of any bytes, up to a page, the number included.

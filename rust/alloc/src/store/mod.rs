@@ -139,7 +139,8 @@ fn hash_large(hashing: &Hashing, source: Source<'_>) -> Result<Hashed, Error> {
     let mut state = source.len() as u64;
     let mut pages = room_for(whole)?;
     for at in 0..whole {
-        let digest = hashing.page(source.part(at * page, page));
+        let next = (at + 1 < whole).then(|| source.part((at + 1) * page, page));
+        let digest = hashing.page(source.part(at * page, page), next);
         state = hashing.more(state, digest.hash);
         pages.push((digest.hash, digest.zero));
     }
@@ -624,7 +625,7 @@ impl Inner {
                 };
                 let now = self
                     .pages
-                    .keep(place, bytes, *digest, |kept| hashing.page(kept).hash);
+                    .keep(place, bytes, *digest, |kept| hashing.page(kept, None).hash);
                 changed |= now != *digest;
                 place
             };
@@ -654,7 +655,7 @@ impl Inner {
     fn hash_kept(&self, runs: &Runs, packed: Option<u32>, len: usize, hashing: &Hashing) -> u64 {
         let page = page_size();
         let zero = vec![0; page];
-        let zero = hashing.page(Source::from(&zero[..])).hash;
+        let zero = hashing.page(Source::from(&zero[..]), None).hash;
         let (mut state, mut left) = (len as u64, len);
         for run in runs.as_slice() {
             for at in run.first..run.first + run.pages {
@@ -665,7 +666,7 @@ impl Inner {
                     Some(stretch) => {
                         let kept = stretch.extent.bytes(at as usize * page, bytes);
                         if bytes == page {
-                            hashing.page(kept).hash
+                            hashing.page(kept, None).hash
                         } else {
                             hashing.bytes(kept)
                         }

@@ -37,9 +37,6 @@ const CHUNK: u32 = 512;
 const LARGEST: u32 = 1 << 14;
 /// Pages that are made at a time.
 const AHEAD: u32 = 64;
-/// From so many pages on, huge ones are used, and made one at a time.
-const HUGE_FROM: u64 = 2048;
-const HUGE: u32 = 512;
 /// Free pages that always may keep their memory.
 const WARM: u64 = 1024;
 const NONE: u32 = u32::MAX;
@@ -256,13 +253,7 @@ impl Pages {
         );
         // Some more than is needed is made at once.
         let lot = lot_of(&self.chunks, &self.lots, first);
-        let ahead = (first + pages).max(cold + AHEAD);
-        let until = if lot.stretch.extent.is_huge() {
-            lot.first + (ahead - lot.first).next_multiple_of(HUGE)
-        } else {
-            ahead
-        };
-        let until = until.min(end);
+        let until = (first + pages).max(cold + AHEAD).min(end);
         self.memory.take((until - cold) as usize * page_size())?;
         lot.stretch
             .extent
@@ -309,7 +300,7 @@ impl Pages {
         records.resize(pages as usize, Record::default());
         let first = u32::try_from(first_chunk).expect("just looked at") * CHUNK;
         let stretch = Arc::new(Stretch {
-            extent: engine.lend_extent(pages, &self.domain, self.live >= HUGE_FROM)?,
+            extent: engine.lend_extent(pages, &self.domain)?,
             first,
         });
         let number = self.lots.iter().position(Option::is_none);

@@ -99,13 +99,13 @@ impl Source<'_> {
         unsafe { memory::copy(self.span.as_ptr(), into) };
     }
 
-    /// The digest of a page.
-    pub(crate) fn digest(self, hasher: &PageHasher) -> Digest {
+    /// The digest of a page; `next` is what will be asked for next, if that is known.
+    pub(crate) fn digest(self, hasher: &PageHasher, next: Option<Self>) -> Digest {
         let at = self.span.as_ptr();
         if at.addr().is_multiple_of(16) {
             assert_eq!(self.len(), hasher.page_size(), "a page has another length");
             // SAFETY: aligned, and mapped by the promise or the borrow.
-            return unsafe { hasher.digest(at, None) };
+            return unsafe { hasher.digest(at, next.map(Self::as_ptr)) };
         }
         let mut page = vec![0_u64; self.len().div_ceil(8) + 1];
         let start = usize::from(!page.as_ptr().addr().is_multiple_of(16));
@@ -308,7 +308,7 @@ mod tests {
         for skew in 0..17 {
             let mut moved = vec![0; skew];
             moved.extend_from_slice(&data[..page]);
-            digests.insert(Source::from(&moved[skew..]).digest(&hasher).hash);
+            digests.insert(Source::from(&moved[skew..]).digest(&hasher, None).hash);
         }
         assert_eq!(digests.len(), 1);
     }
