@@ -63,15 +63,18 @@ lint: $(VENV)/.linted-with ## Formatting, clippy, ruff, mypy, and the stub again
 	$(VENV)/bin/mypy python/pagemerge
 	cd $(VENV) && bin/python -m mypy.stubtest pagemerge._core --mypy-config-file ../pyproject.toml
 
-# A few minutes for each of the five; BENCH_ARGS go to the first: --mib 128 --cases runs16,unique
+# A few minutes for each of them; BENCH_ARGS go to the first: --mib 128 --cases runs16,unique
 .PHONY: bench
-bench: $(VENV)/.benched-with ## Everything measured beside ksmd (30 minutes; as root); docs/bench.png, .svg; BENCH_ARGS
+bench: $(VENV)/.benched-with ## Everything measured beside ksmd, malloc and memcached (45 minutes; as root); docs/bench.png, .svg; BENCH_ARGS
 	mkdir -p $(OUT)/bench
 	$(PY) benches/rivals.py --json $(OUT)/bench/rivals.json --plot docs $(BENCH_ARGS)
 	$(PY) benches/latency.py --json $(OUT)/bench/latency.json
 	$(PY) benches/neighbour.py --json $(OUT)/bench/neighbour.json
 	$(PY) benches/scale.py --json $(OUT)/bench/scale.json
 	$(PY) benches/hugepages.py --json $(OUT)/bench/hugepages.json
+	$(PY) benches/allocator.py --json $(OUT)/bench/allocator.json
+	$(PY) benches/store.py --json $(OUT)/bench/store.json
+	$(PY) benches/cache_server.py --json $(OUT)/bench/cache_server.json
 	$(PY) -m pytest benches --benchmark-json $(OUT)/bench/surface.json
 	cargo bench -p pagemerge-core -p pagemerge-linux
 

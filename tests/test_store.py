@@ -481,13 +481,15 @@ def test_source_that_changes_while_it_is_put(store: Store) -> None:
         writer.join()
     contents = [bytes(blob) for blob in blobs]
     assert [bytes(blob) for blob in blobs] == contents
+    before = store.stats().pages
     for blob, content in zip(blobs, contents, strict=True):
         assert store.put(content) == blob
     pages = {
         content[at : at + PAGE] for content in contents for at in range(0, len(content), PAGE)
     } - {bytes(PAGE)}
-    # Each different page once: what was kept is known by what it is.
-    assert len(pages) <= store.stats().pages <= 2 * len(pages)
+    # What was kept is known by what it is. (A page that was hashed as one and copied as another,
+    # which is held already, is held twice: that takes a race each time.)
+    assert len(pages) <= store.stats().pages == before
 
 
 @settings(max_examples=60, deadline=None)
