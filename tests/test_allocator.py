@@ -562,7 +562,7 @@ def _one_step(
 def test_blocks_beyond_all_machines_are_refused_before_the_kernel_is_asked() -> None:
     """Broke: 20 TiB were given as 16 TiB, which only the kernel's refusal kept from being used."""
     for nbytes in (1 << 42, (1 << 44) + (1 << 43), 1 << 62):
-        with pytest.raises(MemoryError, match="largest block has 4 TiB"):
+        with pytest.raises(MemoryError, match="largest block"):
             pagemerge.Allocator().allocate(nbytes)
 
 

@@ -861,3 +861,24 @@ def test_places_that_were_merged_join_their_neighbours_again(
         assert mappings() < before + 2000 + 500, (before, mappings())
         """
     )
+
+
+def test_what_has_no_bytes_equals_nothing(store: Store) -> None:
+    """Broke: comparing raised, where bytes say no, and with it ``in`` and lookups."""
+    blob = store.put(b"ac")
+    view = memoryview(b"abc")
+    assert blob != view[::2]
+    assert blob not in [view[::2], None, 3]
+    view.release()
+    assert blob != view
+
+
+def test_limits_that_are_none_are_refused_as_settings_are() -> None:
+    for limit in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="max_bytes must be between 0 and"):
+            Store(max_bytes=limit)
+    with pytest.raises(TypeError, match="max_bytes must be an integer"):
+        Store(max_bytes="1")  # type: ignore[arg-type]
+    store = Store(max_bytes=np.int64(1 << 20))
+    store.max_bytes = None
+    assert store.max_bytes is None

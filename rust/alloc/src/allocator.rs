@@ -78,6 +78,14 @@ pub enum AllocatorError {
         /// Why not.
         source: Error,
     },
+    /// No arena has so many pages.
+    #[error(
+        "cannot allocate {bytes} bytes: the largest block has 2^30 - 1 pages, which are 4 TiB with pages of 4 KiB"
+    )]
+    TooLarge {
+        /// What was asked for.
+        bytes: usize,
+    },
     /// No block begins there.
     #[error("no block of this allocator begins at {addr:#x}")]
     NoBlock {

@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
 // The kernel's numbers, the same on every architecture that Linux has.
+const ENOMEM: i32 = 12;
 const EBUSY: i32 = 16;
 const EFBIG: i32 = 27;
 const EOPNOTSUPP: i32 = 95;
@@ -50,6 +51,9 @@ pub(crate) fn store_to_py(py: Python<'_>, err: pagemerge_alloc::store::Error) ->
     use pagemerge_alloc::store::Error as E;
     let message = err.to_string();
     match err {
+        E::Engine(Error::Os { source, .. }) if source.raw_os_error() == Some(ENOMEM) => {
+            PyMemoryError::new_err(message)
+        }
         E::Engine(error) => to_py(py, error),
         E::Forked => ours(py, "ForkedError", (message,)),
         E::Full { asked, held, max } => ours(py, "StoreFullError", (message, asked, held, max)),
@@ -75,9 +79,7 @@ pub(crate) fn to_py(py: Python<'_>, err: Error) -> PyErr {
         }
         Error::Closed => ours(py, "ClosedError", (message,)),
         Error::Forked => ours(py, "ForkedError", (message,)),
-        Error::NoBarrier { .. }
-        | Error::NeedsBarrier { .. }
-        | Error::ArenaNeedsBarrier { .. } => {
+        Error::NoBarrier { .. } | Error::NeedsBarrier { .. } | Error::ArenaNeedsBarrier { .. } => {
             ours(py, "UnavailableError", (EOPNOTSUPP, message))
         }
         Error::Limit(_) => ours(py, "UnavailableError", (EFBIG, message)),

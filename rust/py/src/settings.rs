@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyInt, PyString};
 
 /// A value of a tunable, from Python and back. `name` is for the message.
-trait Value: Sized {
+pub(crate) trait Value: Sized {
     fn from_python(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Self>;
     fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>>;
 }

@@ -10,6 +10,7 @@
 use crate::buffer::Export;
 use crate::engine::Engine;
 use crate::error::store_to_py;
+use crate::settings::Value;
 use crate::stats::StoreStats;
 use pagemerge_alloc::Window;
 use pagemerge_linux::Source;
@@ -91,6 +92,13 @@ impl Blob {
     }
 }
 
+/// `max_bytes`, with the errors that settings have.
+fn limit(max_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<Option<u64>> {
+    max_bytes
+        .map(|value| u64::from_python("max_bytes", value))
+        .transpose()
+}
+
 /// Runs `work`, without the GIL if it is about many bytes.
 fn lengthy<T: Send>(py: Python<'_>, bytes: usize, work: impl Send + FnOnce() -> T) -> T {
     if bytes < LONG {
@@ -129,9 +137,10 @@ impl Store {
     fn new(
         py: Python<'_>,
         domain: &str,
-        max_bytes: Option<u64>,
+        max_bytes: Option<&Bound<'_, PyAny>>,
         engine: Option<Py<Engine>>,
     ) -> PyResult<Self> {
+        let max_bytes = limit(max_bytes)?;
         let engine = match engine {
             Some(engine) => engine,
             None => Py::new(py, Engine::with_defaults(py)?)?,
@@ -144,7 +153,18 @@ impl Store {
     }
 
     fn put(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<Blob> {
-        let kept = with_bytes(data, "put", |bytes| self.inner.put(bytes))?;
+        let kept = with_bytes(data, "put", |bytes| {
+            if bytes.len() >= LONG {
+                return Ok(self.inner.put(bytes));
+            }
+            // Nobody waits for another thread with the GIL: a large value may take it long.
+            self.inner.try_put(bytes).ok_or_else(|| {
+                let mut copy = vec![0; bytes.len()];
+                bytes.copy_to(&mut copy);
+                copy
+            })
+        })?;
+        let kept = kept.unwrap_or_else(|copy| py.detach(|| self.inner.put(&copy[..])));
         let blob = kept.map_err(|error| store_to_py(py, error))?;
         Ok(Blob::new(Part::Whole(blob)))
     }
@@ -172,8 +192,9 @@ impl Store {
     }
 
     #[setter]
-    fn set_max_bytes(&self, max_bytes: Option<u64>) {
-        self.inner.set_max_bytes(max_bytes);
+    fn set_max_bytes(&self, max_bytes: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.inner.set_max_bytes(limit(max_bytes)?);
+        Ok(())
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
@@ -279,9 +300,14 @@ impl Blob {
             || other.is_instance_of::<PyByteArray>()
             || other.is_instance_of::<PyMemoryView>()
         {
-            with_bytes(other, "compare", |bytes| {
+            // What has no bytes in one piece (any more) equals nothing, and is no error.
+            let equal = with_bytes(other, "compare", |bytes| {
                 bytes.len() == len && blob.equals(at, bytes)
-            })?
+            });
+            match equal {
+                Ok(equal) => equal,
+                Err(_) => return Ok(py.NotImplemented()),
+            }
         } else {
             return Ok(py.NotImplemented());
         };

@@ -203,8 +203,7 @@ impl Heap {
     fn grow(&self, bytes: usize) -> Result<Option<usize>, AllocatorError> {
         let fails = |source| AllocatorError::Memory { bytes, source };
         let Some(pages) = Book::<Arc<Arena>>::pages_in(self.page, bytes) else {
-            let most = "the largest block has 4 TiB where pages have 4 KiB";
-            return Err(fails(pagemerge_linux::Error::Limit(most.to_owned())));
+            return Err(AllocatorError::TooLarge { bytes });
         };
         let make = |pages, huge| Arena::new(&self.engine, pages, &self.options.domain, huge);
         if pages > self.options.largest_pages() {

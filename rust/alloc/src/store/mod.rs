@@ -187,6 +187,19 @@ impl Store {
         Shared::put(&self.0, bytes.into())
     }
 
+    /// Keeps `bytes` unless somebody else is using the store, for callers who have others wait while they
+    /// wait.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn try_put<'a>(&self, bytes: impl Into<Source<'a>>) -> Option<Result<Blob, Error>> {
+        let kept = self
+            .0
+            .here()
+            .and_then(|()| Shared::put_unless(&self.0, bytes.into(), false));
+        kept.transpose()
+    }
+
     /// What is held.
     ///
     /// # Errors
@@ -264,7 +277,11 @@ impl Shared {
     fn lock(&self) -> Held<'_> {
         // What panics while it holds the lock is a bug here; the records are changed in steps that leave
         // nothing dangling.
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        self.held(self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// With what was dropped before released.
+    fn held<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Held<'a> {
         inner.release_all(mem::take(&mut *self.dropped()));
         Held {
             shared: self,
@@ -294,26 +311,45 @@ impl Shared {
     }
 
     fn put(this: &Arc<Self>, source: Source<'_>) -> Result<Blob, Error> {
+        let kept = Self::put_unless(this, source, true)?;
+        Ok(kept.expect("it has waited"))
+    }
+
+    /// Keeps bytes; `None` where somebody else has the lock and this is not to wait.
+    fn put_unless(
+        this: &Arc<Self>,
+        source: Source<'_>,
+        waits: bool,
+    ) -> Result<Option<Blob>, Error> {
+        let lock = || {
+            if waits {
+                return Some(this.lock());
+            }
+            this.try_lock().map(|inner| this.held(inner))
+        };
         let len = source.len();
-        let (place, number) = if len == 0 {
-            this.lock().count_put(0);
-            (Place::Empty, PLAIN)
+        let kept = if len == 0 {
+            let counted = lock().map(|mut inner| inner.count_put(0));
+            counted.map(|()| (Place::Empty, PLAIN))
         } else if len < FLOOR {
-            this.lock().put_plain(source, this)?
+            let inner = lock();
+            inner.map(|mut it| it.put_plain(source, this)).transpose()?
         } else if len < page_size() {
             let hashing = this.digester.begin();
             let hash = hashing.bytes(source);
-            this.lock().put_small(source, hash, &hashing, this)?
+            let put = |mut it: Held<'_>| it.put_small(source, hash, &hashing, this);
+            lock().map(put).transpose()?
         } else {
             let hashing = this.digester.begin();
             let hashed = hash_large(&hashing, source)?;
-            this.lock().put_large(source, &hashed, &hashing, this)?
+            let put = |mut it: Held<'_>| it.put_large(source, &hashed, &hashing, this);
+            lock().map(put).transpose()?
         };
-        Ok(Blob {
+        Ok(kept.map(|(place, number)| Blob {
             store: Arc::clone(this),
             place,
             number,
-        })
+        }))
     }
 
     /// A handle is dropped.
@@ -827,4 +863,29 @@ const LARGE_BYTES: usize = (size_of::<Large>() + 16 + 8).next_multiple_of(16);
 /// Bytes that a block of the heap takes.
 fn rounded(len: usize) -> u64 {
     (len.div_ceil(GRANULE) * GRANULE) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pagemerge_linux::EngineSettings;
+
+    /// Goal: whoever cannot wait is told, and what is dropped meanwhile goes as soon as the store is let go.
+    #[test]
+    fn nobody_waits_who_cannot_and_what_is_dropped_meanwhile_goes() {
+        let engine = Engine::new(EngineSettings::default()).unwrap();
+        let store = Store::new(engine, "", None).unwrap();
+        let blob = store.put(&[7_u8; 10_000][..]).unwrap();
+        let held = store.0.lock();
+        for len in [0, 10, 100, 10_000] {
+            assert!(store.try_put(&vec![1; len][..]).is_none(), "{len}");
+        }
+        drop(blob);
+        assert_eq!(held.blobs, 1, "its turn comes");
+        drop(held);
+        assert!(store.0.dropped().is_empty());
+        assert_eq!(store.stats().unwrap().blobs, 0);
+        let kept = store.try_put(&[1_u8; 100][..]).unwrap().unwrap();
+        assert_eq!(kept.len(), 100);
+    }
 }
