@@ -248,8 +248,9 @@ fn locked_memory_is_zeroed_by_hand() {
     let engine = engine(Remerge::Quiet);
     let allocator = allocator(&engine);
     os::call(libc::SYS_mlockall, &[MCL_FUTURE]).expect("root may lock");
-    for turn in 0..8 {
-        let blocks: Vec<Block> = (0..60)
+    for turn in 0..4 {
+        // More than is kept, so that it goes away and comes back.
+        let blocks: Vec<Block> = (0..400)
             .map(|_| allocator.allocate(100_000).expect("memory"))
             .collect();
         for block in &blocks {
