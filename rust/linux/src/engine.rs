@@ -23,7 +23,7 @@ use pagemerge_core::{
     TraceSink, UnmergeError, UnregisterError,
 };
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -795,6 +795,8 @@ struct Handle {
     id: u64,
     epoch: (u64, u32),
     mark: u64,
+    /// It has been closed, by any of its handles.
+    closed: AtomicBool,
     events: Arc<Mutex<EventLog>>,
 }
 
@@ -850,6 +852,7 @@ impl Engine {
             id,
             epoch: fork::epoch(),
             mark: fork::mark(),
+            closed: AtomicBool::new(false),
             events: Arc::new(Mutex::new(EventLog::default())),
         })))
     }
@@ -1059,10 +1062,19 @@ impl Engine {
             .map_err(|e| Error::os(format!("cannot map {pages} pages to keep bytes in"), e))?;
         let number = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (known, domain) = (Arc::clone(&memory), domain.to_owned());
-        self.on(move |engine| {
-            engine.add_lot(number, known, domain);
-            Ok(())
-        })?;
+        if !self.is_here() {
+            return Err(Error::Forked);
+        }
+        if self.0.closed.load(Ordering::Relaxed) {
+            return Err(Error::Closed);
+        }
+        // Nobody waits: the merging thread may be busy for a while, and knows of the memory before it
+        // begins another pass.
+        worker::post_to(self.0.id, move |engine| {
+            if let Some(engine) = engine {
+                engine.add_lot(number, known, domain);
+            }
+        });
         Ok(Extent::new(self.0.id, number, memory, pages))
     }
 
@@ -1219,7 +1231,10 @@ impl Engine {
     pub fn close(&self) -> Result<(), Error> {
         let id = self.0.id;
         match self.on(EngineState::close) {
-            Ok(()) => worker::call(move |stage| stage.remove(id)),
+            Ok(()) => {
+                self.0.closed.store(true, Ordering::Relaxed);
+                worker::call(move |stage| stage.remove(id))
+            }
             Err(Error::Closed) => Ok(()),
             Err(error) => Err(error),
         }

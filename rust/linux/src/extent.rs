@@ -20,7 +20,7 @@
 //! of them.
 //!
 //! # Cost
-//! Lending is a mapping and a job of the merging thread. Pages are made by [`Extent::prepare`] in
+//! Lending is a mapping, and a note for the merging thread. Pages are made by [`Extent::prepare`] in
 //! stretches, since faults one by one take longer. (In huge pages a page cost 0.5 us, as long as the kernel
 //! had just used them for something else; else this virtual machine had to ask its host for their memory,
 //! and they took 8 us a page. And they would have to be split before a page of them could be shared.)

@@ -20,7 +20,7 @@
 //! 5. **Released** with its last handle: pages that no other value has are given back, in batches.
 //!
 //! All of this runs on the calling thread: a trip to the merging thread would cost more than all the rest.
-//! That thread is asked for extents only, 2 to 64 MiB at a time, and told what is given back.
+//! That thread is told of extents, 2 to 64 MiB at a time, and of what is to be given back.
 //!
 //! # Invariants
 //! * St-1. A put that fails leaves the store as it was.
