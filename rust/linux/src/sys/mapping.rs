@@ -149,9 +149,14 @@ impl Mapping {
     /// # Errors
     /// [`MapStop`].
     pub(crate) fn anonymous(len: usize, protection: Protection) -> Result<Self, MapStop> {
+        Self::anonymous_at(0, len, protection)
+    }
+
+    /// The same, at an address if that is free, or wherever the kernel likes.
+    fn anonymous_at(hint: usize, len: usize, protection: Protection) -> Result<Self, MapStop> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
-        unsafe { map(Call::MmapOwn, 0, len, protection, flags, -1, 0) }.map(|span| Self { span })
+        unsafe { map(Call::MmapOwn, hint, len, protection, flags, -1, 0) }.map(|span| Self { span })
     }
 
     /// The same, at addresses that none of these was given before, if there are such, and next to no
@@ -166,13 +171,11 @@ impl Mapping {
     /// # Errors
     /// [`MapStop`].
     pub(crate) fn anonymous_apart(len: usize, protection: Protection) -> Result<Self, MapStop> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let taken = len + page_size();
         let next = APART.fetch_add(taken, Ordering::Relaxed) % APART_BYTES;
         // Where this is no address, or taken, the kernel chooses another.
         let hint = APART_START + next / page_size() * page_size();
-        // SAFETY: without MAP_FIXED a new mapping takes no room that anything else has.
-        unsafe { map(Call::MmapOwn, hint, len, protection, flags, -1, 0) }.map(|span| Self { span })
+        Self::anonymous_at(hint, len, protection)
     }
 
     /// `len` bytes of `file` from `offset` on.
