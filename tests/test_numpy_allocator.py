@@ -501,6 +501,6 @@ def test_tensors_over_allocated_arrays_merge(allocator: pagemerge.Allocator) -> 
     assert all(torch.equal(tensor, source) for tensor in tensors)
     tensors[0] += 1
     assert torch.equal(tensors[1], source)
-    del tensors
+    del tensors, tensor
     gc.collect()
     assert allocator.stats().allocations == 0
