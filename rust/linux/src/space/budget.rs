@@ -87,8 +87,7 @@ impl Budget {
 
     /// Whether counting now takes no more than a hundredth of the time.
     fn may_count(&self) -> bool {
-        // (What a count of what lies outside has found does not make the next of everything cheaper.)
-        let added = self.used.saturating_sub(self.counted_all);
+        let added = self.used.saturating_sub(self.counted);
         let added = u32::try_from(added).unwrap_or(u32::MAX);
         self.at.elapsed() >= (self.took + EACH.saturating_mul(added)).saturating_mul(100)
     }
